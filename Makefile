@@ -1,0 +1,41 @@
+# Everything happens in .venv; each target does the set-up that it needs.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+SEEDS  ?= 1
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+LOCK   := -c requirements/constraints.txt
+
+.PHONY: setup demo test lint bench clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.built
+
+# The packages: slow to install, so apart from the native build.
+$(VENV)/.packages: requirements/constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(LOCK) torch torchvision setuptools wheel pybind11 ninja numpy
+	FINO_BUILD=0 $(PIP) install -q $(LOCK) --no-build-isolation -e '.[all,demo,test,lint]'
+	touch $@
+
+# The native build, again when a source changes.
+$(VENV)/.built: $(VENV)/.packages setup.py $(shell find csrc -type f)
+	FINO_BUILD=1 $(PIP) install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: setup
+	$(BIN)/fino-fast demo --seeds $(SEEDS)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-enable
+
+clean:
+	rm -rf $(VENV) build *.egg-info fino_fast/*.so

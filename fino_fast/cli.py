@@ -1,0 +1,81 @@
+"""The `fino-fast` command. Knows every room; no room knows it.
+
+One pydantic model per command: its docstring is the command's help, its fields are the options,
+and its ``run()`` does the work and returns the exit code. A command's module is imported only
+when that command is called, so `fino-fast ingest` needs neither torch nor timm.
+"""
+
+import importlib
+import sys
+from typing import Protocol, cast
+
+from .errors import FinoError, MissingExtraError
+
+# command → (module, model, one line for the overview)
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "ingest": ("fino_fast.data.commands", "Ingest", "table + images → sealed shards"),
+    "verify": ("fino_fast.data.commands", "Verify", "check every count, size and hash of shards"),
+    "train": ("fino_fast.train.commands", "Train", "adapt a backbone on shards"),
+    "embed": ("fino_fast.evaluate.commands", "Embed", "embeddings of shards by a backbone"),
+    "evaluate": ("fino_fast.evaluate.commands", "Evaluate", "probes and leakage on embeddings"),
+    "demo": ("fino_fast.evaluate.demo", "Demo", "the main job on real images, in minutes"),
+}
+
+
+class Command(Protocol):
+    """What a command's model offers."""
+
+    def run(self) -> int:
+        """Do the work; return the exit code."""
+
+
+def overview() -> str:
+    lines = [f"  {name:<10}{line}" for name, (_, _, line) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: fino-fast COMMAND [options]", "", *lines, "", "fino-fast COMMAND --help for one."]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit code. Errors meant for people become one line."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if args else 1
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        print(f"fino-fast: error: unknown command {name!r}\n\n{overview()}", file=sys.stderr)
+        return 1
+    try:
+        return parse(name, rest).run()
+    except FinoError as error:
+        print(f"fino-fast {name}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\nfino-fast {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def parse(name: str, args: list[str]) -> Command:
+    """The command's model, filled from its command line.
+
+    Raises:
+        ConfigError: an option's value is not what the command expects.
+    """
+    try:
+        from pydantic import ValidationError
+        from pydantic_settings import CliApp
+    except ImportError as error:
+        raise MissingExtraError("pydantic-settings", "cli") from error
+    from .config import explain
+
+    module, model, _ = COMMANDS[name]
+    sys.argv[0] = f"fino-fast {name}"  # what argparse prints as the program's name
+    try:
+        return cast(Command, CliApp.run(getattr(importlib.import_module(module), model), args))
+    except ValidationError as error:
+        raise explain(error, "the command line") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What every command's configuration shares: strict models, YAML files, readable errors."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """A model in which an unknown key is an error, never a silently ignored line."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Self:
+        """Read a YAML file (safe loader) into this model.
+
+        Raises:
+            ConfigError: the file is missing, is no YAML mapping, or has a wrong or unknown key;
+                the message names the file and the key.
+        """
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
+        return cls.checked(content, str(path))
+
+    @classmethod
+    def checked(cls, content: dict[str, Any], origin: str) -> Self:
+        """Validate a mapping; errors name `origin` and the key.
+
+        Raises:
+            ConfigError: a wrong, missing or unknown key.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise explain(error, origin) from error
+
+
+class CommandModel(BaseSettings):
+    """Base of the commands' models: options in kebab-case, no environment variables read."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        env_prefix="FINO_FAST_CLI_",
+    )
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> Any:
+        return (init_settings,)
+
+    def run(self) -> int:
+        """Do the work; return the exit code."""
+        raise NotImplementedError
+
+
+def explain(error: ValidationError, origin: str) -> ConfigError:
+    """A pydantic error as one that names each key, what was found and what is wrong with it."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        key = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}")
+        elif fault["type"] == "missing":
+            lines.append(f"missing key {key!r}")
+        else:
+            lines.append(f"{key}: {fault['msg']} (found {fault['input']!r})")
+    return ConfigError(f"{origin}: " + "; ".join(lines))
