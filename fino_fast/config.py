@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from .errors import ConfigError
 
@@ -47,7 +47,7 @@ class StrictModel(BaseModel):
 
 
 class CommandModel(BaseSettings):
-    """Base of the commands' models: options in kebab-case, no environment variables read."""
+    """Base of the commands' models (`cli.Command`): options in kebab-case, nothing from the environment."""
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -56,16 +56,18 @@ class CommandModel(BaseSettings):
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
-        env_prefix="FINO_FAST_CLI_",
     )
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> Any:
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
-
-    def run(self) -> int:
-        """Do the work; return the exit code."""
-        raise NotImplementedError
 
 
 def explain(error: ValidationError, origin: str) -> ConfigError:

@@ -1,0 +1,66 @@
+"""Which implementation of the terms serves which tensors, by name."""
+
+import warnings
+from typing import Literal, get_args
+
+import torch
+
+from .eager import Eager
+from .terms import Backend
+
+BackendName = Literal["auto", "native", "triton", "eager"]
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend asked for by name cannot serve these tensors."""
+
+
+_SERVES = {"native": "cpu", "triton": "cuda"}  # backend → type of its devices
+_EAGER = Eager()
+# Backend → itself, or why it cannot be used here.
+_FUSED: dict[str, Backend | str] = {
+    "native": "the native code is not part of this version",
+    "triton": "the Triton kernels are not part of this version",
+}
+_warned: set[str] = set()
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError where `name` is no backend."""
+    if name not in get_args(BackendName):
+        raise ValueError(f"backend must be one of {get_args(BackendName)}, found {name!r}")
+
+
+def resolve(name: BackendName, device: torch.device) -> Backend:
+    """The backend for tensors on `device`.
+
+    `auto` takes `native` on a CPU and `triton` on a GPU, and `eager` with one warning where that
+    is not available.
+
+    Raises:
+        BackendUnavailableError: a backend asked for by name cannot serve.
+    """
+    if name == "eager":
+        return _EAGER
+    if name != "auto":
+        if device.type != _SERVES[name]:
+            raise BackendUnavailableError(
+                f"backend={name!r} serves {_SERVES[name]} tensors, these are on {device}"
+            )
+        backend = _FUSED[name]
+        if isinstance(backend, str):
+            raise BackendUnavailableError(f"backend={name!r}: {backend}")
+        return backend
+    for fused, device_type in _SERVES.items():
+        if device.type == device_type:
+            backend = _FUSED[fused]
+            if not isinstance(backend, str):
+                return backend
+            if not torch.compiler.is_compiling() and fused not in _warned:
+                _warned.add(fused)
+                warnings.warn(
+                    f"fino_fast runs in plain PyTorch on {device_type}: {backend}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+    return _EAGER

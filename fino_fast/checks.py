@@ -1,0 +1,108 @@
+"""What is wrong with a call of the loss, said in the words of its caller."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .factors import Categorical, Factor
+
+
+def stacked(embeddings: Tensor | Sequence[Tensor], dim: int) -> Tensor:
+    """The embeddings as one tensor [V, B, D].
+
+    Raises:
+        ValueError: a wrong shape or dtype, or views of different shapes.
+    """
+    if not isinstance(embeddings, Tensor):
+        views = list(embeddings)
+        if not views or not all(isinstance(view, Tensor) for view in views):
+            raise ValueError("embeddings: expected a tensor [V, B, D] or a sequence of [B, D]")
+        shapes = [tuple(view.shape) for view in views]
+        if any(len(shape) != 2 for shape in shapes) or len(set(shapes)) != 1:
+            raise ValueError(f"embeddings: views must all be [B, D], found {shapes}")
+        embeddings = torch.stack(views)
+    return views_tensor("embeddings", embeddings, dim=dim)
+
+
+def views_tensor(
+    name: str,
+    value: Tensor,
+    views: int | None = None,
+    images: int | None = None,
+    dim: int | None = None,
+) -> Tensor:
+    """`value`, where it is a floating-point [V, B, D] of the given sizes.
+
+    Raises:
+        ValueError: it is not; the message says what was expected.
+    """
+    expected = [
+        letter if size is None else f"{letter}={size}"
+        for letter, size in (("V", views), ("B", images), ("D", dim))
+    ]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, found {type(value).__name__}")
+    fits = value.dim() == 3 and all(
+        want is None or have == want
+        for have, want in zip(value.shape, (views, images, dim), strict=True)
+    )
+    if not fits or value.numel() == 0:
+        raise ValueError(
+            f"{name}: expected the shape [{', '.join(expected)}] with at least one row, "
+            f"found {list(value.shape)}"
+        )
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point dtype, found {value.dtype}")
+    return value
+
+
+def metadata_of(
+    factor: Factor, metadata: Mapping[str, Tensor], images: int, device: torch.device
+) -> Tensor:
+    """The metadata of one factor, where key, length, dtype and device are right.
+
+    Raises:
+        ValueError: they are not; the message names the factor and the fault.
+    """
+    who = f"metadata of factor {factor.name!r}"
+    if factor.name not in metadata:
+        raise ValueError(f"{who}: the key is missing; there are {sorted(map(str, metadata))}")
+    value = metadata[factor.name]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{who}: expected a tensor, found {type(value).__name__}")
+    if isinstance(factor, Categorical):
+        if value.dtype != torch.int64:
+            raise ValueError(f"{who}: categories are int64, found {value.dtype}")
+        shapes = [[images]]
+    else:
+        if not value.is_floating_point():
+            raise ValueError(f"{who}: continuous values are floating-point, found {value.dtype}")
+        shapes = [[images, factor.dim]] + [[images]] * (factor.dim == 1)
+    if list(value.shape) not in shapes:
+        raise ValueError(
+            f"{who}: expected the shape {' or '.join(map(str, shapes))} for {images} images, "
+            f"found {list(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(f"{who}: it is on {value.device}, the embeddings are on {device}")
+    return value
+
+
+def values_of(factor: Factor, value: Tensor) -> None:
+    """Check the values themselves. On a GPU the host waits for the answer.
+
+    Raises:
+        ValueError: a category outside −1…K−1, or an infinite value; the message names the factor,
+            the first bad row and what stands there.
+    """
+    if isinstance(factor, Categorical):
+        bad = (value < -1) | (value >= factor.num_classes)
+        expected = f"categories are −1 (missing) to {factor.num_classes - 1}"
+    else:
+        bad = value.isinf()
+        expected = "values are finite, or NaN (missing)"
+    if bad.any():
+        row = int(bad.reshape(value.shape[0], -1).any(1).nonzero()[0])
+        found = value[row].tolist()
+        raise ValueError(f"metadata of factor {factor.name!r}: {expected}; row {row} has {found}")

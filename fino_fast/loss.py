@@ -1,0 +1,359 @@
+"""FinoLoss: the only place that puts the terms together."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, cast, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .backends import BackendName, check_name, resolve
+from .distributed import sum_over_ranks, world_size
+from .factors import Categorical, Continuous, Factor, InfoNCE, LambdaSchedule
+from .heads import Heads, LinearHead, PrototypeHead, build_head
+from .reference import (
+    accumulation_dtype,
+    balance_scales,
+    scale_gradient,
+    scaled_target,
+    trainable_target,
+)
+from .terms import HeadCall, HeadResult, Kind
+
+Terms = dict[str, Tensor]
+# From a gradient at a head's hidden features to the gradient at the embedding; None without MLP.
+Pullback = Callable[[Tensor], tuple[Tensor]] | None
+BALANCE_MOMENTUM = 0.99  # μ of the running gradient norms
+
+
+class FinoLoss(nn.Module):
+    """The FINO objective: a contrastive loss with metadata guidance (arXiv 2606.05107).
+
+    L = w · L_contrastive + Σ_f weight_f · L_f + Σ_f orthogonal_f · R_f
+
+    The gradient of L_f to the embedding is multiplied by +λ (`preserve`) or −λ (`suppress`), that
+    of R_f by λ; the heads' own parameters see neither. Over `torch.distributed` all ranks form one
+    batch: the value is that of the whole batch, and so are the gradients once they are averaged
+    over ranks, as DDP does. Every rank must have the same number of images.
+
+    Args:
+        dim: width D of the embeddings.
+        factors: the metadata factors.
+        contrastive: the contrastive term; None leaves it out.
+        contrastive_weight: w.
+        schedule: λ as a function of the progress given to `set_progress`.
+        balance: scale the guides to a common gradient norm; needs two of them.
+        backend: `auto`, `native` (C++, CPU), `triton` (GPU) or `eager` (plain PyTorch).
+        validate: check the values of the metadata on a GPU too, where the host has to wait for the
+            answer. On a CPU they are always checked; while torch.compile traces, never.
+
+    Attributes:
+        heads: factor name → head (`weight`, `bias`; or `centroids`, `temperatures`, `counts` and
+            `update(teacher, labels)`).
+
+    Raises:
+        ValueError: senseless arguments.
+    """
+
+    guidance: Tensor
+    balance_norms: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        factors: Sequence[Factor] = (),
+        contrastive: InfoNCE | None = InfoNCE(),  # noqa: B008  (a frozen description)
+        contrastive_weight: float = 1.0,
+        schedule: LambdaSchedule = LambdaSchedule(),  # noqa: B008
+        balance: bool = False,
+        backend: BackendName = "auto",
+        validate: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+            raise ValueError(f"dim must be an integer ≥ 1, found {dim!r}")
+        if not math.isfinite(contrastive_weight) or contrastive_weight < 0:
+            raise ValueError(
+                f"contrastive_weight must be a finite number ≥ 0, found {contrastive_weight!r}"
+            )
+        check_name(backend)
+        self.factors = tuple(factors)
+        self.dim, self.contrastive, self.contrastive_weight = dim, contrastive, contrastive_weight
+        self.schedule, self.balance, self.backend = schedule, balance, backend
+        self.validate = validate
+        self._check_factors()
+
+        if contrastive is not None:
+            log_temperature = torch.tensor(math.log(contrastive.temperature))
+            if contrastive.learnable:
+                self.log_temperature = nn.Parameter(log_temperature)
+        self.heads = Heads({factor.name: build_head(factor, dim) for factor in self.factors})
+        self.register_buffer("guidance", torch.ones(()))  # λ
+        if balance:
+            self.register_buffer("balance_norms", torch.zeros(len(self.factors)))
+
+    def _check_factors(self) -> None:
+        taken = {"contrastive": "the contrastive term", "lambda": "λ"}
+        for factor in self.factors:
+            if not isinstance(factor, (Categorical, Continuous)):
+                raise ValueError(
+                    f"factors: expected Categorical or Continuous, found {type(factor).__name__}"
+                )
+            metric = "accuracy" if isinstance(factor, Categorical) else "mse"
+            for term in (factor.name, f"{factor.name}/orthogonal", f"{factor.name}/{metric}"):
+                if term in taken:
+                    raise ValueError(
+                        f"factor {factor.name!r}: the name {term!r} is taken by {taken[term]}"
+                    )
+                taken[term] = f"factor {factor.name!r}"
+        if self.contrastive is None and not self.factors:
+            raise ValueError("there is nothing to compute: no factors and contrastive=None")
+        if self.balance and len(self.factors) < 2:
+            raise ValueError(f"balance=True needs two factors, found {len(self.factors)}")
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, contrastive={self.contrastive}, schedule={self.schedule}, "
+            f"balance={self.balance}, backend={self.backend!r}"
+        )
+
+    def set_progress(self, progress: float) -> None:
+        """Set λ from the share of the training done, step / total steps.
+
+        Until it is first called λ = 1. Where the backbone is frozen at first, progress counts from
+        the unfreezing.
+
+        Raises:
+            ValueError: `progress` is not finite.
+        """
+        self.guidance.fill_(self.schedule(progress))
+
+    @overload
+    def forward(
+        self,
+        embeddings: Tensor | Sequence[Tensor],
+        metadata: Mapping[str, Tensor],
+        projections: Tensor | Sequence[Tensor] | None = ...,
+        teacher: Tensor | Sequence[Tensor] | None = ...,
+        return_terms: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        embeddings: Tensor | Sequence[Tensor],
+        metadata: Mapping[str, Tensor],
+        projections: Tensor | Sequence[Tensor] | None = ...,
+        teacher: Tensor | Sequence[Tensor] | None = ...,
+        *,
+        return_terms: Literal[True],
+    ) -> tuple[Tensor, Terms]: ...
+
+    def forward(
+        self,
+        embeddings: Tensor | Sequence[Tensor],
+        metadata: Mapping[str, Tensor],
+        projections: Tensor | Sequence[Tensor] | None = None,
+        teacher: Tensor | Sequence[Tensor] | None = None,
+        return_terms: bool = False,
+    ) -> Tensor | tuple[Tensor, Terms]:
+        """The loss of one batch; in training mode the prototype banks are updated after it.
+
+        Args:
+            embeddings: [V, B, D], or a sequence of V tensors [B, D].
+            metadata: factor name → [B] int64 (−1 missing), or [B] / [B, d] float (NaN missing).
+                Extra keys are ignored.
+            projections: [V, B, P], rows of the contrastive term; None takes the embeddings.
+            teacher: [V', B, D], rows of the bank updates; None takes the embeddings.
+            return_terms: return the terms too.
+
+        Returns:
+            The 0-d loss, fp32 (fp64 for fp64 embeddings); with `return_terms` also a dict of
+            detached 0-d tensors: `contrastive`, `<name>` (L_f), `<name>/orthogonal` (R_f),
+            `<name>/accuracy` or `<name>/mse`, `lambda`.
+
+        Raises:
+            ValueError: a wrong shape or dtype, a missing key, a category out of range, an infinite
+                value, or one view with a contrastive term; the message names the factor.
+            BackendUnavailableError: the backend asked for by name cannot serve these tensors.
+        """
+        stacked = checks.stacked(embeddings, self.dim)
+        views, images, _ = stacked.shape
+        z = stacked.flatten(0, 1)
+        values = self._checked_metadata(metadata, images, z.device)
+        p = z
+        if projections is not None:
+            if not isinstance(projections, Tensor):
+                projections = torch.stack(list(projections))
+            p = checks.views_tensor("projections", projections, views, images).flatten(0, 1)
+        if teacher is not None:
+            if not isinstance(teacher, Tensor):
+                teacher = torch.stack(list(teacher))
+            teacher = checks.views_tensor("teacher", teacher, None, images, self.dim)
+        self._check_views(views)
+
+        dtype = accumulation_dtype(z.dtype)
+        terms: Terms = {}
+        total = z.new_zeros((), dtype=dtype)
+        if self.contrastive is not None:
+            term = self._contrastive(p, views, dtype)
+            terms["contrastive"] = term.detach()
+            total = total + self.contrastive_weight * term
+        if self.factors:
+            total = total + self._guides(z, values, views, dtype, terms)
+            total = total + self._orthogonal(z, values, views, dtype, terms)
+        terms["lambda"] = self.guidance.detach().clone()
+        if self.training:
+            self._update_banks(stacked.detach() if teacher is None else teacher, values)
+        return (total, terms) if return_terms else total
+
+    def _checked_metadata(
+        self, metadata: Mapping[str, Tensor], images: int, device: torch.device
+    ) -> dict[str, Tensor]:
+        values = {
+            factor.name: checks.metadata_of(factor, metadata, images, device)
+            for factor in self.factors
+        }
+        if not torch.compiler.is_compiling() and (device.type == "cpu" or self.validate):
+            for factor in self.factors:
+                checks.values_of(factor, values[factor.name])
+        return values
+
+    def _check_views(self, views: int) -> None:
+        if self.contrastive is None:
+            return
+        if views < 2:
+            raise ValueError(
+                "the contrastive term needs two or more views of every image, found V=1; give "
+                "[V, B, D] with V ≥ 2, or contrastive=None for guides only"
+            )
+        if self.contrastive.two_tower and views != 2:
+            raise ValueError(f"InfoNCE(two_tower=True) needs exactly 2 views, found V={views}")
+
+    def _contrastive(self, p: Tensor, views: int, dtype: torch.dtype) -> Tensor:
+        assert self.contrastive is not None
+        if self.contrastive.learnable:
+            logit_scale = (-self.log_temperature.to(dtype)).exp()
+        else:
+            logit_scale = p.new_full((), 1 / self.contrastive.temperature, dtype=dtype)
+        with torch.autocast(p.device.type, enabled=False):
+            share = resolve(self.backend, p.device).contrastive(
+                p, logit_scale, views, self.contrastive.two_tower
+            )
+        return _whole(share)
+
+    def _guides(
+        self, z: Tensor, values: dict[str, Tensor], views: int, dtype: torch.dtype, terms: Terms
+    ) -> Tensor:
+        """Σ_f s_f · weight_f · L_f; enters L_f and its metric into `terms`."""
+        calls, pullbacks = [], []
+        for factor in self.factors:
+            sign = 1.0 if factor.role == "preserve" else -1.0
+            guided = scale_gradient(z, sign * self.guidance)
+            call, pullback = self._head_call(factor, guided, values[factor.name], views, dtype)
+            calls.append(call)
+            pullbacks.append(pullback)
+        with torch.autocast(z.device.type, enabled=False):
+            results = resolve(self.backend, z.device).heads(calls, self.balance)
+        losses = torch.stack([_whole(result.loss) for result in results])
+        metrics = sum_over_ranks(torch.stack([result.metric for result in results]))
+        for index, factor in enumerate(self.factors):
+            terms[factor.name] = losses[index].detach()
+            metric = "accuracy" if isinstance(factor, Categorical) else "mse"
+            terms[f"{factor.name}/{metric}"] = metrics[index]
+        weights = losses.new_tensor([factor.weight for factor in self.factors])
+        if self.balance:
+            weights = weights * self._balance(results, pullbacks).to(dtype)
+        return (weights * losses).sum()
+
+    def _head_call(
+        self, factor: Factor, z: Tensor, value: Tensor, views: int, dtype: torch.dtype
+    ) -> tuple[HeadCall, Pullback]:
+        head = self.heads[factor.name]
+        if isinstance(head, PrototypeHead):
+            target = trainable_target(value, head.counts).repeat(views)
+            inv_count = _inverse(sum_over_ranks((target >= 0).sum()), dtype)
+            call = HeadCall(
+                "prototype", z, head.centroids, head.temperatures, target, inv_count, 0, head.counts
+            )
+            return call, None
+        assert isinstance(head, LinearHead)
+        pullback: Pullback = None
+        if self.balance and len(head.hidden):
+            x, pullback = cast(tuple[Tensor, Pullback], torch.func.vjp(head.features, z))
+        else:
+            x = head.features(z)
+        kind: Kind
+        if isinstance(factor, Continuous):
+            kind, smoothing = factor.activation, 0.0
+            target = scaled_target(factor, value, dtype).repeat(views, 1)
+            valid = ~target.isnan()
+        else:
+            kind, smoothing = "linear", factor.label_smoothing
+            target = value.repeat(views)
+            valid = target >= 0
+        inv_count = _inverse(sum_over_ranks(valid.sum()), dtype)
+        return HeadCall(kind, x, head.weight, head.bias, target, inv_count, smoothing), pullback
+
+    @torch.no_grad()
+    def _balance(self, results: list[HeadResult], pullbacks: list[Pullback]) -> Tensor:
+        """s_f of the gradient balance, after this step's norms entered the running ones. [F].
+
+        A guide whose gradient has always been zero (a bank that is still empty) has no norm yet:
+        it is left out of the mean and keeps s_f = 1.
+        """
+        if self.training:
+            squares = []
+            for result, pullback in zip(results, pullbacks, strict=True):
+                assert result.gradient is not None
+                gradient = result.gradient if pullback is None else pullback(result.gradient)[0]
+                squares.append(gradient.detach().to(self.balance_norms.dtype).square().sum())
+            now = sum_over_ranks(torch.stack(squares)).sqrt()
+            before = self.balance_norms
+            moved = BALANCE_MOMENTUM * before + (1 - BALANCE_MOMENTUM) * now
+            self.balance_norms.copy_(torch.where(before > 0, moved, now))
+        return balance_scales(self.balance_norms)
+
+    def _orthogonal(
+        self, z: Tensor, values: dict[str, Tensor], views: int, dtype: torch.dtype, terms: Terms
+    ) -> Tensor:
+        """Σ_f orthogonal_f · R_f; enters R_f into `terms`."""
+        total = z.new_zeros((), dtype=dtype)
+        for factor in self.factors:
+            if not factor.orthogonal:
+                continue
+            value = values[factor.name]
+            if isinstance(factor, Continuous):
+                value = scaled_target(factor, value, dtype)
+            rows = value.repeat(views, *[1] * (value.dim() - 1))
+            with torch.autocast(z.device.type, enabled=False):
+                term = resolve(self.backend, z.device).orthogonal(
+                    scale_gradient(z, self.guidance), rows, factor.role
+                )
+            terms[f"{factor.name}/orthogonal"] = term.detach()
+            total = total + factor.orthogonal * term
+        return total
+
+    def _update_banks(self, teacher: Tensor, values: dict[str, Tensor]) -> None:
+        for name, head in self.heads.items():
+            if isinstance(head, PrototypeHead):
+                head.update(teacher, values[name])
+
+
+def _inverse(count: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / count, 1 where it is 0. 0-d."""
+    return count.clamp_min(1).to(dtype).reciprocal()
+
+
+def _whole(share: Tensor) -> Tensor:
+    """This rank's share of a term as the whole batch's term.
+
+    The value is the sum over ranks; the gradient is the share's times the number of ranks, because
+    DDP averages over them. 0-d.
+    """
+    world = world_size()
+    if world == 1:
+        return share
+    whole = sum_over_ranks(share)
+    return whole + world * (share - share.detach())
