@@ -320,6 +320,7 @@ class FinoLoss(nn.Module):
     ) -> Tensor:
         """Σ_f orthogonal_f · R_f; enters R_f into `terms`."""
         total = z.new_zeros((), dtype=dtype)
+        guidance = self.guidance.clone()  # the backward pass may come after the next set_progress
         for factor in self.factors:
             if not factor.orthogonal:
                 continue
@@ -329,7 +330,7 @@ class FinoLoss(nn.Module):
             rows = value.repeat(views, *[1] * (value.dim() - 1))
             with torch.autocast(z.device.type, enabled=False):
                 term = resolve(self.backend, z.device).orthogonal(
-                    scale_gradient(z, self.guidance), rows, factor.role
+                    scale_gradient(z, guidance), rows, factor.role
                 )
             terms[f"{factor.name}/orthogonal"] = term.detach()
             total = total + factor.orthogonal * term

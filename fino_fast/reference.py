@@ -196,9 +196,11 @@ def explained(z: Tensor, metadata: Tensor, valid: Tensor) -> Tensor:
     """
     if metadata.dim() == 1:
         slots = group_slots(metadata)
-        size = group_sums(valid.to(z.dtype), slots).clamp_min(1)
-        means = group_sums(z, slots) / size[:, None]
-        return means[slots] * valid[:, None]
+        size = group_sums(valid.to(z.dtype), slots)
+        means = group_sums(z, slots) / size.clamp_min(1)[:, None]
+        # One class alone explains nothing; what rounding leaves of its mean is no direction.
+        several = (size > 0).sum() > 1
+        return torch.where(several & valid[:, None], means[slots], 0.0)
     basis = orthonormal_design(metadata, valid).to(z.dtype)
     return basis @ (basis.T @ z)
 
@@ -228,7 +230,10 @@ def orthogonal(z: Tensor, metadata: Tensor, role: Role) -> Tensor:
         numerator, denominator = s.square().sum(), z.square().sum()
     else:
         u = z - s
-        denominator = s.square().sum() * u.square().sum()
+        # An S or U of the size of Z's rounding is zero: normalised, it would be a random direction.
+        noise = (16 * torch.finfo(z.dtype).eps) ** 2 * z.square().sum()
+        signal, rest = s.square().sum(), u.square().sum()
+        denominator = torch.where((signal > noise) & (rest > noise), signal * rest, 0.0)
         if z.shape[0] < z.shape[1]:
             numerator = (s @ u.T).square().sum()
         else:  # ‖S Uᵀ‖² = tr(SᵀS · UᵀU)
@@ -248,7 +253,7 @@ class _ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return gradient * ctx.saved_tensors[0].to(gradient.dtype), None
+        return gradient * ctx.saved_tensors[0], None  # a 0-d scale does not widen the dtype
 
 
 def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
