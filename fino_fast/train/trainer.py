@@ -1,0 +1,227 @@
+"""The training run, from configuration to adapted backbone."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fino_fast.data import Batch, Loader, ShardSet
+from fino_fast.data.files import write_json
+from fino_fast.errors import ConfigError
+from fino_fast.factors import InfoNCE, LambdaSchedule
+from fino_fast.loss import FinoLoss
+
+from . import checkpoint as checkpoints
+from .backbone import WeightsReport, build_backbone, embedding_dim, load_pretrained, load_weights
+from .checkpoint import path_of
+from .config import TrainConfig, check_same
+from .factors import build_factors
+from .interrupt import StopRequest, TrainingInterrupted
+from .learner import Learner
+from .metrics import Record
+from .model import Student
+from .projector import build_projector
+from .schedule import Schedule
+from .world import World, join_world
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a finished run left its results.
+
+    Attributes:
+        checkpoint: folder of the last checkpoint, for `checkpoint.load_backbone`.
+        metrics: metrics.jsonl, one JSON object a row.
+        steps: steps of the whole run.
+    """
+
+    checkpoint: Path
+    metrics: Path
+    steps: int
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
+    """Adapt a backbone as configured; under torchrun, on all ranks together.
+
+    Args:
+        config: everything that the result depends on.
+        resume: continue the run in `config.output` from its newest checkpoint. On a CPU the result
+            equals that of an uninterrupted run bit for bit.
+
+    Raises:
+        ConfigError: the configuration cannot be used, the output folder is taken, or a resumed run
+            is configured differently.
+        DataError: shards or checkpoint are damaged, or are not those of the run.
+        DivergedError: loss or gradient is not finite.
+        TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was written first.
+    """
+    with join_world(config.device) as world, torch.random.fork_rng(world.gpus):
+        newest = checkpoints.latest(config.output) if resume else None
+        if newest is None:
+            check_free(config.output)
+        shards = ShardSet.open(config.data)
+        loader = build_loader(config, shards, world)
+        schedule = Schedule.of_shares(
+            config.epochs * loader.steps_per_epoch,
+            warmup=config.optimizer.warmup,
+            frozen=config.backbone.freeze,
+        )
+        torch.manual_seed(config.seed)
+        student, report = build_student(config, shards, load=newest is None)
+        learner = Learner(config, schedule, world, student)
+        start = restore(newest, learner, loader) if newest else 0
+        world.barrier()  # every rank has looked at the output folder before one writes to it
+        if newest is None and world.rank == 0:
+            begin_run(config, report)
+
+        with StopRequest() as stop, Record(config, schedule.total, start, world.rank) as record:
+            for step, batch in record.waiting(batches(loader, start, schedule.total)):
+                terms = learner.step(step, views_of(batch), batch.metadata)
+                done = step + 1
+                record.step(done, terms, images=config.batch_size)
+                signum = world.largest(stop.signum)
+                if signum or done == schedule.total or done % config.checkpoint_every == 0:
+                    write_checkpoint(done, learner, loader, shards)
+                if signum and done < schedule.total:
+                    raise TrainingInterrupted(path_of(config.output, done), done, signum)
+    return TrainResult(path_of(config.output, schedule.total), record.path, schedule.total)
+
+
+def build_loader(config: TrainConfig, shards: ShardSet, world: World) -> Loader:
+    if config.batch_size % world.size:
+        raise ConfigError(
+            f"batch_size {config.batch_size} cannot be divided among {world.size} ranks"
+        )
+    return Loader(
+        shards,
+        config.views,
+        batch_size=config.batch_size // world.size,
+        seed=config.seed,
+        split=config.split or shards.schema.declaration.adaptation_split,
+        rank=world.rank,
+        world_size=world.size,
+        backend=config.loader,
+    )
+
+
+def build_student(
+    config: TrainConfig, shards: ShardSet, *, load: bool
+) -> tuple[Student, WeightsReport | None]:
+    """Backbone, projector and criterion; with `load` the backbone gets its starting weights."""
+    wanted, size, channels = config.backbone, config.views.size, shards.channels
+    backbone = build_backbone(
+        wanted.name, channels=channels, image_size=size, options=wanted.options
+    )
+    dim = embedding_dim(backbone, channels, size)
+    projector = None
+    if config.projector:
+        projector = build_projector(dim, config.projector.hidden, config.projector.width)
+    criterion = build_criterion(config, shards, dim)
+    report = None
+    if load and wanted.weights:
+        report = load_weights(backbone, wanted.weights, name=wanted.name, prefix=wanted.prefix)
+    elif load and wanted.pretrained:
+        report = load_pretrained(backbone, wanted.name, image_size=size, options=wanted.options)
+    return Student(backbone, projector, criterion), report
+
+
+def build_criterion(config: TrainConfig, shards: ShardSet, dim: int) -> FinoLoss:
+    term = config.contrastive
+    try:
+        return FinoLoss(
+            dim,
+            build_factors(shards.schema, config.factors),
+            contrastive=InfoNCE(term.temperature, term.learnable, term.two_tower) if term else None,
+            contrastive_weight=term.weight if term else 0.0,
+            schedule=LambdaSchedule(config.ramp.kind, config.ramp.warmup),
+            balance=config.balance,
+            backend=config.backend,
+        )
+    except ValueError as error:
+        raise ConfigError(f"the loss cannot be built: {error}") from error
+
+
+def batches(loader: Loader, start: int, total: int) -> Iterator[tuple[int, Batch]]:
+    """(step, batch) for the steps start … total − 1, epoch after epoch."""
+    step = start
+    while step < total:
+        epoch, offset = divmod(step, loader.steps_per_epoch)
+        for batch in loader.epoch(epoch, start_step=offset):
+            yield step, batch
+            step += 1
+
+
+def views_of(batch: Batch) -> list[torch.Tensor]:
+    """A batch's views, one tensor for each image size."""
+    return [batch.views] if batch.local_views is None else [batch.views, batch.local_views]
+
+
+def check_free(output: Path) -> None:
+    """A new run gets a folder of its own.
+
+    Raises:
+        ConfigError: there is something in it already.
+    """
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ConfigError(f"output {output}: is a file; expected a folder")
+    if checkpoints.checkpoints(output):
+        raise ConfigError(
+            f"output {output}: holds a run; continue it with --resume (resume=True), or choose "
+            "another output"
+        )
+    if any(output.iterdir()):
+        raise ConfigError(
+            f"output {output}: is not empty and has no checkpoint to resume from; remove it or "
+            "choose another output"
+        )
+
+
+def begin_run(config: TrainConfig, report: WeightsReport | None) -> None:
+    """Make the run's folder and write down what it starts from."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_json(config.output / "config.json", config.model_dump(mode="json"))
+    if report is None:
+        log.info("the backbone starts from random weights")
+    else:
+        write_json(config.output / "weights.json", report.as_dict())
+        log.log(logging.WARNING if report.missing else logging.INFO, "%s", report)
+
+
+def restore(checkpoint: Path, learner: Learner, loader: Loader) -> int:
+    """Put a run back to where a checkpoint was written; return the number of steps done.
+
+    Raises:
+        ConfigError: the run was configured differently.
+        DataError: the checkpoint is damaged, or the data are not the same.
+    """
+    state = checkpoints.read_state(checkpoint)
+    check_same(state["config"], learner.config)
+    loader.check_state(state["loader"])
+    checkpoints.restore(checkpoint, learner.models, learner.optimizer)
+    return int(state["step"])
+
+
+def write_checkpoint(done: int, learner: Learner, loader: Loader, shards: ShardSet) -> None:
+    """Write the checkpoint after `done` steps, by rank 0 while the others wait."""
+    config = learner.config
+    state: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "loader": loader.state(*divmod(done, loader.steps_per_epoch)),
+        "channels": shards.channels,
+        "schema": shards.schema.content(),
+        "schema_hash": shards.schema_hash,
+        "manifest_hash": shards.manifest_hash,
+        "versions": {name: version(name) for name in ("fino-fast", "torch", "timm")},
+    }
+    if learner.world.rank == 0:
+        keep = config.keep_checkpoints
+        checkpoints.save(config.output, done, learner.models, learner.optimizer, state, keep=keep)
+    learner.world.barrier()
