@@ -123,7 +123,7 @@ class Learner:
         ]
         where = f"; first parameter with such a gradient: {parameters[0]}" if parameters else ""
         raise DivergedError(
-            f"step {step}: not finite: {', '.join(wrong)}{where}. The weights are those from "
+            f"step {step + 1}: not finite: {', '.join(wrong)}{where}. The weights are those from "
             "before this step. Try a smaller optimizer.lr, or precision: fp32"
         )
 

@@ -71,7 +71,7 @@ def test_weights_round_trip(tmp_path: Path, suffix: str, name: str) -> None:
     target = build_backbone(name, image_size=32)
     report = load_weights(target, path)
     assert report.matched == sorted(source.state_dict())
-    assert not (report.missing or report.unexpected or report.adapted)
+    assert report.missing == report.unexpected == report.adapted == []
     for key, value in target.state_dict().items():
         assert torch.equal(value, source.state_dict()[key]), key
 
