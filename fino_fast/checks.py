@@ -8,41 +8,38 @@ from torch import Tensor
 from .factors import Categorical, Factor
 
 
-def stacked(embeddings: Tensor | Sequence[Tensor], dim: int) -> Tensor:
-    """The embeddings as one tensor [V, B, D].
-
-    Raises:
-        ValueError: a wrong shape or dtype, or views of different shapes.
-    """
-    if not isinstance(embeddings, Tensor):
-        views = list(embeddings)
-        if not views or not all(isinstance(view, Tensor) for view in views):
-            raise ValueError("embeddings: expected a tensor [V, B, D] or a sequence of [B, D]")
-        shapes = [tuple(view.shape) for view in views]
-        if any(len(shape) != 2 for shape in shapes) or len(set(shapes)) != 1:
-            raise ValueError(f"embeddings: views must all be [B, D], found {shapes}")
-        embeddings = torch.stack(views)
-    return views_tensor("embeddings", embeddings, dim=dim)
-
-
-def views_tensor(
+def stacked(
     name: str,
-    value: Tensor,
+    value: Tensor | Sequence[Tensor],
     views: int | None = None,
     images: int | None = None,
     dim: int | None = None,
 ) -> Tensor:
-    """`value`, where it is a floating-point [V, B, D] of the given sizes.
+    """`value` as one tensor, where it is a floating-point [V, B, D] of the given sizes.
+
+    Args:
+        name: of the argument, for the message.
+        value: [V, B, D], or a sequence of V tensors [B, D].
+        views, images, dim: V, B, D; None is any.
 
     Raises:
-        ValueError: it is not; the message says what was expected.
+        ValueError: a wrong shape or dtype, or views of different shapes or dtypes.
     """
     expected = [
         letter if size is None else f"{letter}={size}"
         for letter, size in (("V", views), ("B", images), ("D", dim))
     ]
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a tensor, found {type(value).__name__}")
+        rows = list(value) if isinstance(value, Sequence) else []
+        if not rows or not all(isinstance(view, Tensor) for view in rows):
+            raise ValueError(
+                f"{name}: expected a tensor [{', '.join(expected)}] or a sequence of tensors "
+                f"[{', '.join(expected[1:])}], found {type(value).__name__}"
+            )
+        kinds = [(list(view.shape), view.dtype) for view in rows]
+        if any(kind != kinds[0] for kind in kinds):
+            raise ValueError(f"{name}: the views differ in shape or dtype: {kinds}")
+        value = torch.stack(rows)
     fits = value.dim() == 3 and all(
         want is None or have == want
         for have, want in zip(value.shape, (views, images, dim), strict=True)

@@ -5,6 +5,7 @@ You Already Have* (arXiv 2606.05107); defaults are the paper's.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -28,14 +29,14 @@ def _number(
     owner: str, argument: str, value: float, low: float = -math.inf, *, above: bool = False
 ) -> None:
     """`value` is a finite number ≥ low (> low where `above`)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < low or (above and value == low):
         bound = "" if low == -math.inf else f" {'>' if above else '≥'} {low:g}"
         raise ValueError(f"{owner}: {argument} must be a finite number{bound}, found {value!r}")
 
 
 def _count(owner: str, argument: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{owner}: {argument} must be an integer ≥ 1, found {value!r}")
 
 

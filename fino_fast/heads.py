@@ -47,10 +47,15 @@ class LinearHead(nn.Linear):
         """The rows that the last layer sees: z itself, or the MLP's output. [N, D] → [N, H]."""
         if not len(self.hidden):
             return z
-        if not torch.is_autocast_enabled(z.device.type):
+        # Autocast casts by itself, but leaves fp64 alone.
+        if z.dtype == torch.float64 or not torch.is_autocast_enabled(z.device.type):
             z = z.to(self.weight.dtype)
         features: Tensor = self.hidden(z)
         return features
+
+    def forward(self, z: Tensor) -> Tensor:
+        """What the head says of z: logits, or values before the activation. [N, D] → [N, out]."""
+        return super().forward(self.features(z))
 
 
 class PrototypeHead(nn.Module):

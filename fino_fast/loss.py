@@ -85,7 +85,8 @@ class FinoLoss(nn.Module):
         self._check_factors()
 
         if contrastive is not None:
-            log_temperature = torch.tensor(math.log(contrastive.temperature))
+            # [1], not 0-d: FSDP2 cannot shard a scalar.
+            log_temperature = torch.tensor([math.log(contrastive.temperature)])
             if contrastive.learnable:
                 self.log_temperature = nn.Parameter(log_temperature)
         self.heads = Heads({factor.name: build_head(factor, dim) for factor in self.factors})
@@ -178,19 +179,15 @@ class FinoLoss(nn.Module):
                 value, or one view with a contrastive term; the message names the factor.
             BackendUnavailableError: the backend asked for by name cannot serve these tensors.
         """
-        stacked = checks.stacked(embeddings, self.dim)
+        stacked = checks.stacked("embeddings", embeddings, dim=self.dim)
         views, images, _ = stacked.shape
         z = stacked.flatten(0, 1)
         values = self._checked_metadata(metadata, images, z.device)
         p = z
         if projections is not None:
-            if not isinstance(projections, Tensor):
-                projections = torch.stack(list(projections))
-            p = checks.views_tensor("projections", projections, views, images).flatten(0, 1)
+            p = checks.stacked("projections", projections, views, images).flatten(0, 1)
         if teacher is not None:
-            if not isinstance(teacher, Tensor):
-                teacher = torch.stack(list(teacher))
-            teacher = checks.views_tensor("teacher", teacher, None, images, self.dim)
+            teacher = checks.stacked("teacher", teacher, None, images, self.dim)
         self._check_views(views)
 
         dtype = accumulation_dtype(z.dtype)
@@ -234,7 +231,7 @@ class FinoLoss(nn.Module):
     def _contrastive(self, p: Tensor, views: int, dtype: torch.dtype) -> Tensor:
         assert self.contrastive is not None
         if self.contrastive.learnable:
-            logit_scale = (-self.log_temperature.to(dtype)).exp()
+            logit_scale = (-self.log_temperature.to(dtype)).exp().squeeze(0)
         else:
             logit_scale = p.new_full((), 1 / self.contrastive.temperature, dtype=dtype)
         with torch.autocast(p.device.type, enabled=False):
@@ -256,7 +253,7 @@ class FinoLoss(nn.Module):
             pullbacks.append(pullback)
         with torch.autocast(z.device.type, enabled=False):
             results = resolve(self.backend, z.device).heads(calls, self.balance)
-        losses = torch.stack([_whole(result.loss) for result in results])
+        losses = torch.stack([_whole(result.loss) for result in results]).to(dtype)
         metrics = sum_over_ranks(torch.stack([result.metric for result in results]))
         for index, factor in enumerate(self.factors):
             terms[factor.name] = losses[index].detach()

@@ -82,6 +82,7 @@ def linear_cross_entropy(
         (0-d loss sum, 0-d number of rows whose largest logit is the target's).
     """
     dtype = accumulation_dtype(x.dtype)
+    x = torch.where((target >= 0)[:, None], x, 0.0)  # a row that takes no part may hold anything
     logits = x.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     loss = F.cross_entropy(
         logits, target, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing
@@ -105,6 +106,7 @@ def prototype_cross_entropy(
         (0-d loss sum, 0-d number of hits).
     """
     dtype = accumulation_dtype(x.dtype)
+    x = torch.where((target >= 0)[:, None], x, 0.0)
     bank = normalize(centroids.detach().to(dtype))
     # 1/φ is a new tensor: the buffer itself may be updated before the backward pass.
     logits = normalize(x.to(dtype)) @ bank.T * temperatures.detach().to(dtype).reciprocal()
@@ -134,6 +136,7 @@ def squared_error(
         (0-d sum, the same without gradient).
     """
     dtype = accumulation_dtype(x.dtype)
+    x = torch.where(target.isnan().all(1)[:, None], 0.0, x)
     prediction = x.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     if activation != "identity":
         prediction = torch.sigmoid(prediction) if activation == "sigmoid" else prediction.tanh()
