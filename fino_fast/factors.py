@@ -26,17 +26,19 @@ def _one_of(owner: str, argument: str, value: object, allowed: tuple[str, ...]) 
 
 
 def _number(
-    owner: str, argument: str, value: float, low: float = -math.inf, *, above: bool = False
+    owner: str, argument: str, value: object, low: float = -math.inf, *, above: bool = False
 ) -> None:
     """`value` is a finite number ≥ low (> low where `above`)."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < low or (above and value == low):
+    # numbers.Real and not float: statistics come from numpy too.
+    number = value if isinstance(value, numbers.Real) else math.nan
+    good = not isinstance(value, bool) and math.isfinite(number)
+    if not good or number < low or (above and number == low):
         bound = "" if low == -math.inf else f" {'>' if above else '≥'} {low:g}"
         raise ValueError(f"{owner}: {argument} must be a finite number{bound}, found {value!r}")
 
 
-def _count(owner: str, argument: str, value: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+def _count(owner: str, argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{owner}: {argument} must be an integer ≥ 1, found {value!r}")
 
 
