@@ -35,7 +35,15 @@ X86_LEVELS = {
     ],
 }  # fmt: skip
 LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
-KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+KERNEL_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-Wall",
+]
 
 
 def free_memory_gb() -> float:
@@ -63,13 +71,13 @@ def native_build() -> dict[str, object]:
     )
 
     class BuildLevels(BuildExtension):  # type: ignore[misc]
-        """Compiles csrc/cpu/sweep.cpp once per level, then builds the extension around it."""
+        """Compiles csrc/cpu/epilogues.cpp once per level, then builds the extension around it."""
 
         def build_extensions(self) -> None:
             for ext in self.extensions:
                 for level, flags in LEVELS.items():
                     objects = self.compiler.compile(
-                        ["csrc/cpu/sweep.cpp"],
+                        ["csrc/cpu/epilogues.cpp"],
                         output_dir=str(Path(self.build_temp) / level),
                         macros=[("FINO_LEVEL", level)],
                         extra_postargs=[*KERNEL_FLAGS, *flags],
@@ -79,7 +87,7 @@ def native_build() -> dict[str, object]:
 
     extension = CppExtension(
         "fino_fast._C",
-        ["csrc/ops.cpp", "csrc/module.cpp", "csrc/cpu/capability.cpp"],
+        ["csrc/ops.cpp", "csrc/module.cpp", "csrc/cpu/capability.cpp", "csrc/cpu/sweep.cpp"],
         define_macros=[(f"FINO_HAVE_{level.upper()}", "1") for level in LEVELS],
         extra_compile_args={"cxx": ["-O2", "-Wall"]},
         depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")],

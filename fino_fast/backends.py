@@ -5,7 +5,9 @@ from typing import Literal, get_args
 
 import torch
 
+from . import ops
 from .eager import Eager
+from .native import Native
 from .terms import Backend
 
 BackendName = Literal["auto", "native", "triton", "eager"]
@@ -19,7 +21,7 @@ _SERVES = {"native": "cpu", "triton": "cuda"}  # backend → type of its devices
 _EAGER = Eager()
 # Backend → itself, or why it cannot be used here.
 _FUSED: dict[str, Backend | str] = {
-    "native": "the native code is not part of this version",
+    "native": Native() if ops.LOAD_ERROR is None else ops.LOAD_ERROR,
     "triton": "the Triton kernels are not part of this version",
 }
 _warned: set[str] = set()

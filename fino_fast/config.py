@@ -47,7 +47,7 @@ class StrictModel(BaseModel):
 
 
 class CommandModel(BaseSettings):
-    """Base of the commands' models (`cli.Command`): options in kebab-case, nothing from the environment."""
+    """Base of the commands' models (`cli.Command`): kebab-case options, no environment."""
 
     model_config = SettingsConfigDict(
         extra="forbid",

@@ -1,0 +1,57 @@
+// What happens to a tile of products once the matrix product is done: vectorised, torch-free, and
+// compiled once per instruction-set level (epilogues.cpp). T is float or double.
+#pragma once
+
+#include <cstdint>
+
+namespace fino {
+
+enum class Activation { identity, sigmoid, tanh };
+
+// One row's part of a head's loss; `metric` is 1 for a hit of the classifier, or the squared error.
+template <typename T>
+struct RowLoss {
+  T loss;
+  T metric;
+};
+
+template <typename T>
+struct Epilogues {
+  // out = x / max(‖x‖, eps); returns ‖x‖.
+  T (*normalize)(const T* x, T* out, int64_t n, T eps);
+
+  // Backward of `normalize` in place: g = (g − ⟨g, x̂⟩ x̂) / max(‖x‖, eps); returns ⟨g, x̂⟩ as it came.
+  T (*normalize_backward)(T* g, const T* unit, int64_t n, T norm, T eps);
+
+  // Contrastive, both directions of a pair of blocks at once. `tile` holds cosines [rows, cols].
+  // With e = exp(scale·(c − 1)): row_sums[i] += Σ_j e, col_sums[j] += Σ_i e. In a diagonal tile
+  // the rows are the columns: e_ii = 0, and only row_sums is added to.
+  void (*pair_sums)(const T* tile, int64_t rows, int64_t cols, T scale, bool diagonal, T* row_sums,
+                    T* col_sums);
+
+  // tile = e · (row_inverse[i] + col_inverse[j]), the weights of both directions; e_ii = 0.
+  void (*pair_weights)(T* tile, int64_t rows, int64_t cols, T scale, bool diagonal,
+                       const T* row_inverse, const T* col_inverse);
+
+  // logsumexp_j scale·c_j over j ≠ skip (skip < 0: over all).
+  T (*row_logsumexp)(const T* cosines, int64_t n, T scale, int64_t skip);
+
+  // c_j = exp(scale·c_j − lse) + exp(scale·c_j − lse_columns[j]); 0 at j = skip.
+  void (*row_weights)(T* cosines, int64_t n, T scale, int64_t skip, T lse, const T* lse_columns);
+
+  // Cross entropy of the logits l_k = scale[k]·row[k] + offset[k] (scale may be null: 1) against
+  // `target`. With `gradient`, row becomes weight · ∂loss/∂row.
+  RowLoss<T> (*cross_entropy)(T* row, int64_t n, const T* scale, const T* offset, int64_t target,
+                              T smoothing, T weight, bool gradient);
+
+  // Σ_k (act(row[k] + offset[k]) − target[k])² over the targets that are not NaN. With
+  // `gradient`, row becomes weight · ∂loss/∂row.
+  RowLoss<T> (*squared_error)(T* row, int64_t n, const T* offset, const T* target,
+                              Activation activation, T weight, bool gradient);
+};
+
+// The level that this process uses (capability.cpp).
+template <typename T>
+const Epilogues<T>& epilogues();
+
+}  // namespace fino

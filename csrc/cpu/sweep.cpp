@@ -1,0 +1,235 @@
+#include "sweep.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <utility>
+#include <vector>
+
+namespace fino {
+
+namespace {
+
+constexpr double normalize_eps = 1e-12;
+constexpr int64_t scratch_bytes = int64_t{32} << 20;
+
+// Torch's allocator is not at hand; a scratch tile is left uninitialised on purpose.
+template <typename T>
+std::unique_ptr<T[]> scratch(int64_t count) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
+}
+
+struct Pair {
+  int64_t row, column;
+};
+
+// Rounds of disjoint pairs of blocks: the diagonal, then a round-robin tournament (circle method).
+// No two pairs of a round share a block, so threads need no locks, and every block meets the others
+// in a fixed order, so the sums do not depend on who computed them.
+std::vector<std::vector<Pair>> tournament(int64_t blocks) {
+  std::vector<std::vector<Pair>> rounds(1);
+  for (int64_t b = 0; b < blocks; ++b) rounds[0].push_back({b, b});
+  const int64_t seats = blocks + blocks % 2;  // an odd field has one bye a round
+  for (int64_t round = 0; round + 1 < seats; ++round) {
+    std::vector<Pair> pairs;
+    for (int64_t seat = 0; seat < seats / 2; ++seat) {
+      // Seat 0 is fixed, the others rotate.
+      const auto player = [&](int64_t s) {
+        return s == 0 ? int64_t{0} : 1 + (s - 1 + round) % (seats - 1);
+      };
+      const int64_t a = player(seat), b = player(seats - 1 - seat);
+      if (a < blocks && b < blocks) pairs.push_back({std::min(a, b), std::max(a, b)});
+    }
+    rounds.push_back(std::move(pairs));
+  }
+  return rounds;
+}
+
+// The tile loop of the symmetric sweep: visit(tile, row offset, rows, column offset, columns) for
+// every unordered pair of blocks, with the tile of their cosines.
+template <typename T, typename Visit>
+void pair_sweep(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d,
+                const Visit& visit) {
+  const int64_t side = pair_side(n), blocks = (n + side - 1) / side;
+  for (const auto& round : tournament(blocks)) {
+    runtime.parallel(static_cast<int64_t>(round.size()), [&](int64_t begin, int64_t end) {
+      const auto tile = scratch<T>(side * side);
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t i = round[index].row * side, j = round[index].column * side;
+        const int64_t rows = std::min(side, n - i), columns = std::min(side, n - j);
+        runtime.gemm(false, true, rows, columns, d, unit + i * d, d, unit + j * d, d, false,
+                     tile.get(), columns);
+        visit(tile.get(), i, rows, j, columns);
+      }
+    });
+  }
+}
+
+// The tile loop of all other sweeps: rows in blocks against the whole bank. The product and
+// whatever the visitor multiplies use all threads; visit(block, first row, rows) gets the
+// products [rows, k].
+template <typename T, typename Visit>
+void block_sweep(const Runtime<T>& runtime, const T* x, int64_t n, const T* bank, int64_t k,
+                 int64_t d, const Visit& visit) {
+  const int64_t step = block_rows<T>(n, k);
+  const auto block = scratch<T>(step * k);
+  for (int64_t first = 0; first < n; first += step) {
+    const int64_t rows = std::min(step, n - first);
+    runtime.gemm(false, true, rows, k, d, x + first * d, d, bank, d, false, block.get(), k);
+    visit(block.get(), first, rows);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+int64_t block_rows(int64_t rows, int64_t columns) {
+  const int64_t fit = scratch_bytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(columns, 1);
+  return std::clamp<int64_t>(fit, 16, std::max<int64_t>(rows, 16));
+}
+
+int64_t pair_side(int64_t n) { return n >= 4096 ? 256 : n >= 1024 ? 128 : 64; }
+
+template <typename T>
+void normalize_rows(const Runtime<T>& runtime, const T* x, int64_t n, int64_t d, T* unit,
+                    T* norms) {
+  runtime.parallel(n, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      norms[i] = epilogues<T>().normalize(x + i * d, unit + i * d, d, T(normalize_eps));
+  });
+}
+
+template <typename T>
+void normalize_rows_backward(const Runtime<T>& runtime, T* g, const T* unit, const T* norms,
+                             int64_t n, int64_t d, T* along) {
+  runtime.parallel(n, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      along[i] = epilogues<T>().normalize_backward(g + i * d, unit + i * d, d, norms[i],
+                                                   T(normalize_eps));
+  });
+}
+
+template <typename T>
+void pair_logsumexp(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d, T scale,
+                    T* lse) {
+  std::fill(lse, lse + n, T(0));
+  pair_sweep(runtime, unit, n, d,
+             [&](T* tile, int64_t i, int64_t rows, int64_t j, int64_t columns) {
+               epilogues<T>().pair_sums(tile, rows, columns, scale, i == j, lse + i, lse + j);
+             });
+  for (int64_t i = 0; i < n; ++i) lse[i] = scale + std::log(lse[i]);
+}
+
+template <typename T>
+void pair_gradient(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d, T scale,
+                   const T* lse, T* g) {
+  const auto inverse = scratch<T>(n);  // 1 / Σ_j exp(scale·(c_ij − 1))
+  for (int64_t i = 0; i < n; ++i) inverse[i] = std::exp(scale - lse[i]);
+  pair_sweep(runtime, unit, n, d,
+             [&](T* tile, int64_t i, int64_t rows, int64_t j, int64_t columns) {
+               epilogues<T>().pair_weights(tile, rows, columns, scale, i == j, inverse.get() + i,
+                                           inverse.get() + j);
+               runtime.gemm(false, false, rows, d, columns, tile, columns, unit + j * d, d, true,
+                            g + i * d, d);
+               if (i != j)
+                 runtime.gemm(true, false, columns, d, rows, tile, columns, unit + i * d, d, true,
+                              g + j * d, d);
+             });
+}
+
+template <typename T>
+void cross_logsumexp(const Runtime<T>& runtime, const T* rows, int64_t n, const T* columns,
+                     int64_t m, int64_t d, T scale, int64_t skip, T* lse) {
+  block_sweep(runtime, rows, n, columns, m, d, [&](T* block, int64_t first, int64_t count) {
+    runtime.parallel(count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        lse[first + i] = epilogues<T>().row_logsumexp(block + i * m, m, scale,
+                                                      skip < 0 ? -1 : skip + first + i);
+    });
+  });
+}
+
+template <typename T>
+void cross_gradient(const Runtime<T>& runtime, const T* rows, int64_t n, const T* columns,
+                    int64_t m, int64_t d, T scale, int64_t skip, const T* lse_rows,
+                    const T* lse_columns, T* g) {
+  block_sweep(runtime, rows, n, columns, m, d, [&](T* block, int64_t first, int64_t count) {
+    runtime.parallel(count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        epilogues<T>().row_weights(block + i * m, m, scale, skip < 0 ? -1 : skip + first + i,
+                                   lse_rows[first + i], lse_columns);
+    });
+    runtime.gemm(false, false, count, d, m, block, m, columns, d, false, g + first * d, d);
+  });
+}
+
+namespace {
+
+template <typename T>
+RowLoss<T> head_row(const Head<T>& head, T* row, int64_t index, bool gradient) {
+  const Epilogues<T>& e = epilogues<T>();
+  if (head.kind == HeadKind::linear || head.kind == HeadKind::prototype) {
+    if (head.target[index] < 0) {
+      if (gradient) std::fill(row, row + head.k, T(0));
+      return {0, 0};
+    }
+    return e.cross_entropy(row, head.k, head.scale, head.offset, head.target[index],
+                           head.smoothing, head.weight, gradient);
+  }
+  const Activation activation = head.kind == HeadKind::identity  ? Activation::identity
+                                : head.kind == HeadKind::sigmoid ? Activation::sigmoid
+                                                                 : Activation::tanh;
+  return e.squared_error(row, head.k, head.offset, head.value + index * head.k, activation,
+                         head.weight, gradient);
+}
+
+}  // namespace
+
+template <typename T>
+RowLoss<double> head_sweep(const Runtime<T>& runtime, const Head<T>& head) {
+  const bool gradient = head.grad_x != nullptr || head.grad_bank != nullptr;
+  // One entry a row, added up in order: the same sum from any number of threads.
+  std::vector<RowLoss<T>> per_row(static_cast<size_t>(head.n));
+  block_sweep(runtime, head.x, head.n, head.bank, head.k, head.d,
+              [&](T* block, int64_t first, int64_t count) {
+    runtime.parallel(count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        per_row[first + i] = head_row(head, block + i * head.k, first + i, gradient);
+    });
+    // The block now holds the gradients at the logits.
+    if (head.grad_x != nullptr)
+      runtime.gemm(false, false, count, head.d, head.k, block, head.k, head.bank, head.d, false,
+                   head.grad_x + first * head.d, head.d);
+    if (head.grad_bank != nullptr)
+      runtime.gemm(true, false, head.k, head.d, count, block, head.k, head.x + first * head.d,
+                   head.d, true, head.grad_bank, head.d);
+    if (head.grad_offset != nullptr)
+      runtime.parallel(head.k, [&](int64_t begin, int64_t end) {
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t k = begin; k < end; ++k) head.grad_offset[k] += block[i * head.k + k];
+      });
+  });
+  RowLoss<double> sum{0, 0};
+  for (const RowLoss<T>& row : per_row) {
+    sum.loss += row.loss;
+    sum.metric += row.metric;
+  }
+  return sum;
+}
+
+#define FINO_INSTANTIATE(T)                                                                       \
+  template int64_t block_rows<T>(int64_t, int64_t);                                               \
+  template void normalize_rows<T>(const Runtime<T>&, const T*, int64_t, int64_t, T*, T*);         \
+  template void normalize_rows_backward<T>(const Runtime<T>&, T*, const T*, const T*, int64_t,    \
+                                           int64_t, T*);                                          \
+  template void pair_logsumexp<T>(const Runtime<T>&, const T*, int64_t, int64_t, T, T*);          \
+  template void pair_gradient<T>(const Runtime<T>&, const T*, int64_t, int64_t, T, const T*, T*); \
+  template void cross_logsumexp<T>(const Runtime<T>&, const T*, int64_t, const T*, int64_t,       \
+                                   int64_t, T, int64_t, T*);                                      \
+  template void cross_gradient<T>(const Runtime<T>&, const T*, int64_t, const T*, int64_t,        \
+                                  int64_t, T, int64_t, const T*, const T*, T*);                   \
+  template RowLoss<double> head_sweep<T>(const Runtime<T>&, const Head<T>&);
+FINO_INSTANTIATE(float)
+FINO_INSTANTIATE(double)
+
+}  // namespace fino
