@@ -1,0 +1,23 @@
+"""Shared by the tests of the loss: the backends that can serve here."""
+
+import pytest
+import torch
+
+from fino_fast.backends import BackendUnavailableError, resolve
+
+
+def _serves(name: str) -> bool:
+    try:
+        resolve(name, torch.device("cpu"))
+    except BackendUnavailableError:
+        return False
+    return True
+
+
+CPU_BACKENDS = [name for name in ("eager", "native") if _serves(name)]
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that serves CPU tensors in this build."""
+    return request.param
