@@ -1,0 +1,130 @@
+"""`fino-fast ingest` and `fino-fast verify`: command lines, bars and summaries."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+from tqdm import tqdm
+
+from fino_fast.config import CommandModel
+from fino_fast.errors import DataError
+
+from .declaration import Declaration
+from .engines import LocalEngine
+from .ingest import SHARD_BYTES, Allowance, Report, Request, ingest
+from .manifest import Manifest, SealedShard
+from .schema import shorten
+from .verify import verify
+from .write import Receipt
+
+
+class Ingest(CommandModel):
+    """Turn a table and a folder of images into sealed shards.
+
+    Run it again after any interruption: only what is not committed is done. Run it again with rows
+    appended to the table: only they are added. Exit codes: 0 sealed, 1 error, 2 too many rejects,
+    3 disk full.
+    """
+
+    table: Path
+    """CSV or Parquet file with one row an image."""
+    images: Path
+    """Folder that the table's paths start from."""
+    id: str
+    """Column with a unique id for every image."""
+    path: str
+    """Column with the image's path below the image folder."""
+    schema_path: Path = Field(alias="schema")
+    """YAML file that declares the factors; see --infer."""
+    out: Path
+    """Folder of the shards."""
+    engine: Literal["local"] = "local"
+    """Where shards are written."""
+    workers: int | None = Field(default=None, ge=1)
+    """Worker processes; the number of processors when left out."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the one shuffle that spreads the rows over the shards."""
+    shard_bytes: int = Field(default=SHARD_BYTES, ge=1)
+    """Size of a shard, about."""
+    check: bool = True
+    """Decode every image once before it is taken."""
+    max_reject: str = "0.1%"
+    """Rejected images up to which the set is sealed: a share like 0.1% or a number like 25."""
+    retry_rejects: bool = False
+    """Try the rejected rows again."""
+
+    def run(self) -> int:
+        request = Request(
+            table=self.table,
+            images=self.images,
+            id_column=self.id,
+            path_column=self.path,
+            declaration=Declaration.from_yaml(self.schema_path),
+            out=self.out,
+            seed=self.seed,
+            shard_bytes=self.shard_bytes,
+            check=self.check,
+            max_reject=Allowance.parse(self.max_reject),
+            retry_rejects=self.retry_rejects,
+        )
+        # disable=None: a bar on a terminal, silence in a pipe.
+        with tqdm(unit="row", unit_scale=True, disable=None) as bar:
+            written = rejected = 0
+
+            def progress(receipt: Receipt, total: int) -> None:
+                nonlocal written, rejected
+                written += receipt.bytes
+                rejected += receipt.rejected
+                bar.total = total
+                bar.set_postfix_str(f"{written / 2**20:.0f} MiB, {rejected} rejected")
+                bar.update(receipt.rows)
+
+            report = ingest(request, LocalEngine(self.workers or os.cpu_count() or 1), progress)
+        print(summary(self.out, report))
+        return 0
+
+
+class Verify(CommandModel):
+    """Read a sealed set back and check every count, size and hash.
+
+    Exit codes: 0 all is well, 1 something is not; the shards are named.
+    """
+
+    shards: CliPositionalArg[Path]
+    """Folder of the shards."""
+
+    def run(self) -> int:
+        sealed = Manifest.read(self.shards)
+        size = sum(shard.bytes for shard in sealed.shards)
+        with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+
+            def progress(shard: SealedShard) -> None:
+                bar.update(shard.bytes)
+
+            faults = verify(self.shards, progress)
+        for fault in faults:
+            print(fault)
+        if faults:
+            raise DataError(f"{self.shards}: {len(faults)} of {len(sealed.shards)} shards differ")
+        print(f"{self.shards}: {sealed.samples} samples in {len(sealed.shards)} shards are sound")
+        return 0
+
+
+def summary(out: Path, report: Report) -> str:
+    """What a person wants to know after an ingest."""
+    manifest = report.manifest
+    size = sum(shard.bytes for shard in manifest.shards)
+    lines = [
+        f"{out}: {manifest.samples} samples in {len(manifest.shards)} shards, "
+        f"{size / 2**20:.1f} MiB, {report.shards_written} shards written now",
+        f"manifest {manifest.hash[:16]}, schema {manifest.schema_file.sha256[:16]}",
+    ]
+    if report.rejects:
+        lines.append(f"rejected: {shorten(report.rejects)}; see rejects.parquet")
+    lines += [
+        f"factor {name!r}: taken as missing, outside the vocabulary: {shorten(values)}"
+        for name, values in report.unknown.items()
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""`index-*.npy`: 32 bytes a sample, memory-mapped and so shared by all processes of a machine."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+
+from fino_fast.errors import DataError
+
+RECORD = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("shard", "<u4"),
+        ("height", "<u4"),
+        ("width", "<u4"),
+        ("crc32", "<u4"),
+        ("split", "<u2"),
+        ("channels", "u1"),
+        ("form", "u1"),
+    ]
+)
+assert RECORD.itemsize == 32
+
+FORMS = [("jpg", "uint8"), ("png", "uint8"), ("png", "uint16")] + [
+    ("tiff", dtype) for dtype in ("uint8", "uint16", "float32")
+]
+"""(extension, dtype) of each value of `form`; only ever appended to."""
+
+Index = NDArray[np.void]
+
+
+def read_index(path: Path, samples: int, shard_sizes: list[int], splits: int) -> Index:
+    """Memory-map an index and check that every record stays inside its shard.
+
+    Args:
+        path: the file.
+        samples: records that the manifest promises.
+        shard_sizes: bytes of every shard.
+        splits: number of splits.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        index = open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
+        raise DataError(f"{path}: cannot be read as an index: {error}") from error
+    if index.dtype != RECORD or index.shape != (samples,):
+        raise DataError(
+            f"{path}: is damaged: {index.shape} records of {index.dtype}, expected {samples}"
+        )
+    sizes = np.array([*shard_sizes, 0], dtype=np.uint64)
+    chunk = 1 << 20
+    for start in range(0, samples, chunk):
+        part = index[start : start + chunk]
+        shard = np.minimum(part["shard"], len(shard_sizes))
+        ends = part["offset"] + part["size"]
+        bad = (
+            (ends > sizes[shard])
+            | (ends < part["offset"])
+            | (part["form"] >= len(FORMS))
+            | (part["split"] >= splits)
+            | (part["size"] == 0)
+            | (part["height"] == 0)
+            | (part["width"] == 0)
+            | (part["channels"] == 0)
+        )
+        if bad.any():
+            raise DataError(f"{path}: is damaged at record {start + int(np.argmax(bad))}")
+    return index

@@ -1,0 +1,335 @@
+"""The whole of ingestion: plan, write, seal, and everything that makes a rerun safe."""
+
+import fcntl
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fino_fast.errors import ConfigError, DataError, TooManyRejectsError
+
+from .declaration import Declaration
+from .engines import Engine
+from .files import canonical_json, remove_temporaries, sha256_of
+from .manifest import Manifest
+from .plan import FACTOR, Inputs, Plan, make_plan, plan_folder, planned_columns
+from .schema import Schema, shorten
+from .seal import REJECTS, seal, write_rejects
+from .table import Rows, parse_rows, read_table
+from .write import Receipt, WriteTask, committed_receipt, write_shard
+
+SHARD_BYTES = 256 << 20
+LOCK = "ingest.lock"
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How many images may be rejected: a share of all rows, or a number."""
+
+    share: float | None = None
+    count: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Allowance":
+        """Read "0.1%" as a share and "25" as a number.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        number = text.strip().removesuffix("%")
+        try:
+            value = float(number) / 100 if text.strip().endswith("%") else int(number)
+        except ValueError:
+            value = -1
+        if isinstance(value, int) and value >= 0:
+            return cls(count=value)
+        if isinstance(value, float) and 0 <= value <= 1:
+            return cls(share=value)
+        raise ConfigError(f"max-reject: {text!r} is neither a share like 0.1% nor a number like 25")
+
+    def of(self, rows: int) -> int:
+        """The number of images that may be rejected among `rows`."""
+        return self.count if self.count is not None else int((self.share or 0.0) * rows)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to ingest, from where, to where."""
+
+    table: Path
+    images: Path
+    id_column: str
+    path_column: str
+    declaration: Declaration
+    out: Path
+    seed: int = 0
+    shard_bytes: int = SHARD_BYTES
+    check: bool = True
+    max_reject: Allowance = Allowance(share=0.001)
+    retry_rejects: bool = False
+
+
+@dataclass
+class Report:
+    """What an ingest did, and what the whole set holds now."""
+
+    manifest: Manifest
+    shards_written: int
+    rejects: dict[str, int]
+    """Rejected rows of the whole set by code."""
+    unknown: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Values outside a declared vocabulary, taken as missing, by factor."""
+
+
+Progress = Callable[[Receipt, int], None]
+"""Called with the receipt of each shard that was written and the rows that had to be written."""
+
+
+def ingest(request: Request, engine: Engine, progress: Progress | None = None) -> Report:
+    """Bring a table and its images into `request.out`, as far as they are not there yet.
+
+    A rerun after any interruption does only what is not committed. A rerun with rows appended to
+    the table adds these rows.
+
+    Raises:
+        ConfigError: the command and the set do not fit together.
+        DataError: table, images or set cannot be used.
+        TooManyRejectsError: more images were rejected than allowed; the shards stay, unsealed.
+        DiskFullError: no room left.
+    """
+    if not request.images.is_dir():
+        raise ConfigError(f"{request.images}: is no folder of images")
+    inputs = _inputs(request)
+    request.out.mkdir(parents=True, exist_ok=True)
+    with locked(request.out):
+        remove_temporaries(request.out)
+        plans = read_plans(request.out)
+        _check_inputs(request, plans, inputs)
+        # An unfinished plan is finished before another one is made.
+        before = _write_missing(request, plans, engine, progress)
+        rows = None
+        if not plans or plans[-1].inputs != inputs or request.retry_rejects:
+            rows = _read_rows(request)
+            new = _plan_new_rows(request, plans, before.receipts, inputs, rows)
+            plans += [new] if new else []
+        after = _write_missing(request, plans, engine, progress)
+        rejects = write_rejects(request.out, plans, after.receipts)
+        _check_rejects(request, rejects, sum(receipt.samples for receipt in after.receipts))
+        manifest = seal(request.out, plans, after.receipts)
+    return Report(
+        manifest=manifest,
+        shards_written=before.written + after.written,
+        rejects=dict(Counter(rejects["code"].to_pylist())),
+        unknown=rows.unknown if rows else {},
+    )
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold a set for writing. The system drops the lock with the process: none is ever stale.
+
+    Raises:
+        DataError: another ingest holds it.
+    """
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{out}: another ingest is writing there; wait until it ends"
+            ) from error
+        yield
+
+
+def read_plans(out: Path) -> list[Plan]:
+    """All plans of a set, in order; a plan without its `plan.json` was never committed.
+
+    Raises:
+        DataError: a plan is damaged.
+    """
+    plans: list[Plan] = []
+    while (plan_folder(out, len(plans)) / "plan.json").is_file():
+        plan = Plan.read(plan_folder(out, len(plans)))
+        first_row = plans[-1].first_row + plans[-1].rows if plans else 0
+        if (plan.generation, plan.first_row) != (len(plans), first_row):
+            raise DataError(f"{plan_folder(out, len(plans))}: belongs to another place in a set")
+        plans.append(plan)
+    return plans
+
+
+def _inputs(request: Request) -> Inputs:
+    declaration = canonical_json(request.declaration.model_dump(mode="json"))
+    return Inputs(
+        table_sha256=sha256_of(request.table),
+        declaration_sha256=hashlib.sha256(declaration).hexdigest(),
+        id_column=request.id_column,
+        path_column=request.path_column,
+        seed=request.seed,
+        shard_bytes=request.shard_bytes,
+    )
+
+
+def _check_inputs(request: Request, plans: list[Plan], inputs: Inputs) -> None:
+    """Refuse to mix rows that were read by different rules, or to drop an unfinished plan."""
+    if not plans:
+        return
+    known = plans[-1].inputs
+    names = {
+        "declaration_sha256": "the schema file",
+        "id_column": "--id",
+        "path_column": "--path",
+    }
+    for name, what in names.items():
+        if getattr(known, name) != getattr(inputs, name):
+            raise ConfigError(
+                f"{request.out}: {what} is not what the set was made with; rows read by different "
+                "rules do not mix: use the former, or another --out (roles and weights can be "
+                "changed in the training configuration)"
+            )
+    if known.table_sha256 != inputs.table_sha256 and any(
+        committed_receipt(task) is None for task in _tasks(request, plans)
+    ):
+        raise ConfigError(
+            f"{request.out}: an ingest of another version of {request.table.name} is unfinished; "
+            "finish it with the former table first"
+        )
+
+
+@dataclass
+class _Written:
+    receipts: list[Receipt]
+    """Of all shards, in order."""
+    written: int
+
+
+def _tasks(request: Request, plans: list[Plan]) -> list[WriteTask]:
+    return [
+        WriteTask(
+            out=request.out,
+            images=request.images,
+            generation=plan.generation,
+            group=group,
+            shard=shard,
+            plan_sha256=plan.hash,
+            schema_sha256=plan.schema_sha256,
+            limits=request.declaration.images,
+            check=request.check,
+        )
+        for plan in plans
+        for group, shard in enumerate(plan.shards)
+    ]
+
+
+def _write_missing(
+    request: Request, plans: list[Plan], engine: Engine, progress: Progress | None
+) -> _Written:
+    """Write every planned shard that has no receipt."""
+    tasks = _tasks(request, plans)
+    receipts = {task.name: committed_receipt(task) for task in tasks}
+    missing = [task for task in tasks if receipts[task.name] is None]
+    total = sum(task.shard.rows for task in missing)
+    for receipt in engine.run(write_shard, missing):
+        receipts[receipt.name] = receipt
+        if progress:
+            progress(receipt, total)
+    return _Written([receipt for receipt in receipts.values() if receipt], len(missing))
+
+
+def _read_rows(request: Request) -> Rows:
+    declaration = request.declaration
+    columns = [request.id_column, request.path_column]
+    columns += [column for name in declaration.factors for column in declaration.columns_of(name)]
+    columns += [declaration.split.column] if declaration.split else []
+    table = read_table(request.table, list(dict.fromkeys(columns)), declaration.table.delimiter)
+    if len(table) == 0:
+        raise DataError(f"{request.table}: has no rows")
+    return parse_rows(table, declaration, request.id_column, request.path_column)
+
+
+def _plan_new_rows(
+    request: Request, plans: list[Plan], receipts: list[Receipt], inputs: Inputs, rows: Rows
+) -> Plan | None:
+    """Plan what no earlier generation planned, and, if asked for, what was rejected."""
+    fresh = np.ones(len(rows), dtype=bool)
+    again = np.zeros(len(rows), dtype=bool)
+    previous = None
+    if plans:
+        previous = Schema.read(plan_folder(request.out, plans[-1].generation) / "schema.json")
+        earlier = pa.concat_tables(
+            planned_columns(
+                request.out, plan, ["id", "path", "split", *(FACTOR + n for n in rows.raw)]
+            )
+            for plan in plans
+        ).combine_chunks()
+        fresh = ~np.asarray(pc.is_in(rows.ids, value_set=earlier["id"].combine_chunks()))
+        if request.retry_rejects:
+            rejected = write_rejects(request.out, plans, receipts)["id"].combine_chunks()
+            again = np.asarray(pc.is_in(rows.ids, value_set=rejected))
+        _check_unchanged(rows, earlier, np.flatnonzero(~fresh & ~again))
+    places = np.flatnonzero(fresh | again)
+    if len(places) == 0:
+        return None
+    return make_plan(
+        out=request.out,
+        generation=len(plans),
+        first_row=plans[-1].first_row + plans[-1].rows if plans else 0,
+        inputs=inputs,
+        declaration=request.declaration,
+        rows=rows.taken(pa.array(places)),
+        table_rows=places,
+        fresh=fresh[places],
+        images=request.images,
+        previous=previous,
+    )
+
+
+def _check_unchanged(rows: Rows, earlier: pa.Table, places: np.ndarray) -> None:
+    """Refuse a table that says something else about a sample that is already in the set."""
+    kept = rows.taken(pa.array(places))
+    # A row that was tried again stands in `earlier` twice: the last one counts.
+    ids = earlier["id"].to_pylist()
+    last = {sample_id: i for i, sample_id in enumerate(ids)}
+    former = earlier.take(pa.array([last[sample_id] for sample_id in kept.ids.to_pylist()]))
+    columns = {"path": kept.paths, "split": kept.splits}
+    columns |= {FACTOR + name: values for name, values in kept.raw.items()}
+    changes = []
+    for name, values in columns.items():
+        if values.equals(former[name].combine_chunks()):
+            continue
+        pairs = zip(former[name].to_pylist(), values.to_pylist(), strict=True)
+        changes += [
+            f"id {kept.ids[i].as_py()!r}: {name.removeprefix(FACTOR)} was {old!r}, now {new!r}"
+            for i, (old, new) in enumerate(pairs)
+            if old != new
+        ]
+    if changes:
+        shown = "\n  ".join(changes[:_SHOWN])
+        raise DataError(
+            f"the table differs from what is already in the set in {len(changes)} cells; shards "
+            f"are never rewritten: use another --out, or other ids\n  {shown}"
+        )
+
+
+def _check_rejects(request: Request, rejects: pa.Table, samples: int) -> None:
+    allowed = request.max_reject.of(samples + len(rejects))
+    if len(rejects) <= allowed:
+        return
+    lines = [
+        f"id {row['id']!r}, {row['path']!r}: {row['code']}: {row['detail']}"
+        for row in rejects.slice(0, _SHOWN).to_pylist()
+    ]
+    if len(rejects) > _SHOWN:
+        lines.append(f"and {len(rejects) - _SHOWN} more in {request.out / REJECTS}")
+    raise TooManyRejectsError(
+        f"{len(rejects)} of {samples + len(rejects)} images were rejected "
+        f"({shorten(Counter(rejects['code'].to_pylist()))}), {allowed} are allowed, so the set is "
+        "not sealed; correct the files and add --retry-rejects, or raise --max-reject\n  "
+        + "\n  ".join(lines)
+    )

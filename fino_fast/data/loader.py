@@ -1,0 +1,339 @@
+"""Batches of views and metadata: order, sharing among ranks, resume, evaluation."""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fino_fast.errors import ConfigError, DataError, MissingExtraError
+
+from .dali_pipeline import DaliPipeline, import_dali
+from .files import canonical_json
+from .order import SHUFFLE, derive_key, permute
+from .pipeline import Pipeline, pixel_form
+from .shardset import ShardSet
+from .torch_pipeline import TorchPipeline
+from .views import Draws, Views, evaluation_draws, training_draws
+
+Backend = Literal["auto", "dali", "torch"]
+
+
+@dataclass
+class Batch:
+    """One step's samples of one rank: V views of each of B images."""
+
+    views: torch.Tensor
+    """float32 [V, B, C, H, W], normalised."""
+    metadata: dict[str, torch.Tensor]
+    """By factor, for those that the loader was asked for: int64 [B] with −1 for missing, or float32 [B]
+    or [B, d] with NaN for missing."""
+    rows: torch.Tensor
+    """int64 [B], sample numbers in the set."""
+    boxes: torch.Tensor
+    """float32 [V, B, 4]: left, top, right, bottom of the crop in pixels of the stored image."""
+    local_views: torch.Tensor | None = None
+    """float32 [V', B, C, h, w]."""
+    local_boxes: torch.Tensor | None = None
+    """float32 [V', B, 4]."""
+
+
+class Loader:
+    """Reads one split of a sealed set.
+
+    Every epoch shows each sample exactly once, over all ranks together. All ranks take the same
+    number of steps: the samples that do not fill a last batch are shared out evenly, and joined to
+    the step before where there are fewer than ranks (so a batch holds at most `batch_size` + 1).
+    Sample order, crops and all other draws are functions of (seed, epoch, place in the epoch)
+    alone: not of ranks, threads, backend, or where a run was resumed.
+
+    Args:
+        shards: the set.
+        views: the augmentation recipe.
+        batch_size: images a rank and step.
+        seed: of order and augmentation.
+        split: name of the split; the adaptation split when left out.
+        rank, world_size: of this process among those that share the epoch.
+        backend: `dali`, `torch`, or the first that is installed.
+        device: where views are made; a CUDA device needs DALI.
+        drop_last: leave out what does not fill a batch, so that all batches have the same shape.
+        threads: decoding threads; the processors of this machine when left out.
+        factors: names of the factors that batches carry; when left out, those whose role is not
+            `ignore`.
+
+    Raises:
+        ConfigError: senseless arguments.
+        DataError: the split has fewer samples than ranks, or its images have no common form.
+        MissingExtraError: the backend asked for is not installed.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        views: Views,
+        batch_size: int,
+        seed: int = 0,
+        split: str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        backend: Backend = "auto",
+        device: torch.device | str = "cpu",
+        drop_last: bool = False,
+        threads: int | None = None,
+        factors: Iterable[str] | None = None,
+    ) -> None:
+        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
+            raise ConfigError(
+                f"batch_size {batch_size}, rank {rank}, world_size {world_size}: expected "
+                "batch_size ≥ 1 and 0 ≤ rank < world_size"
+            )
+        self.shards = shards
+        self.views = views
+        self.batch_size = batch_size
+        self.seed = seed
+        self.split = split or shards.schema.declaration.adaptation_split
+        self.rank = rank
+        self.world_size = world_size
+        self.drop_last = drop_last
+        self.device = torch.device(device)
+        self.backend = _choose_backend(backend, self.device)
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._rows = shards.rows_of(self.split)
+        self._form = pixel_form(shards, self._rows, views)
+        self.channels = self._form.channels
+        """Channels of the views."""
+        self.steps_per_epoch = self._steps(len(self._rows))
+        self._metadata = {
+            name: torch.from_numpy(shards.encoded(name))
+            for name, factor in shards.schema.factors.items()
+            if (factor.role != "ignore" if factors is None else name in factors)
+        }
+        self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="fino-read")
+        self._pipelines: dict[bool, Pipeline] = {}
+
+    def __len__(self) -> int:
+        """Samples of the split."""
+        return len(self._rows)
+
+    def epoch(
+        self, epoch: int, start_step: int = 0, start_sample: int | None = None
+    ) -> Iterator[Batch]:
+        """The batches of an epoch, from a step or from a place on.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            start_step: first step to give.
+            start_sample: samples of the epoch that all ranks together have already had; for
+                resuming with another global batch (`resume_point`), instead of `start_step`.
+
+        Raises:
+            DataError: a sample cannot be read; the message names id, shard and offset.
+        """
+        done = start_sample if start_sample is not None else 0
+        if not 0 <= start_step <= self.steps_per_epoch or not 0 <= done <= len(self):
+            raise ConfigError(
+                f"start_step {start_step}, start_sample {done}: the epoch has "
+                f"{self.steps_per_epoch} steps and {len(self)} samples"
+            )
+        key = derive_key(self.seed, SHUFFLE, epoch)
+        remaining = len(self) - done
+
+        def work() -> Iterator[tuple[NDArray[np.int64], list[Draws]]]:
+            for step in range(start_step, self._steps(remaining)):
+                positions = done + self._share(*self._span(step, remaining))
+                rows = self._rows[permute(positions, len(self), key)]
+                draws = training_draws(self.views, *self._shapes(rows), positions, self.seed, epoch)
+                yield rows, [d for d in draws if d is not None]
+
+        yield from self._run(work(), training=True)
+
+    def evaluation(self) -> Iterator[Batch]:
+        """Every sample of the split once, in order, as one centre crop (V = 1).
+
+        Each rank gets a contiguous part; the last batch may be shorter.
+
+        Raises:
+            DataError: a sample cannot be read; the message names id, shard and offset.
+        """
+        own = self._share(0, len(self))
+
+        def work() -> Iterator[tuple[NDArray[np.int64], list[Draws]]]:
+            for start in range(0, len(own), self.batch_size):
+                rows = self._rows[own[start : start + self.batch_size]]
+                yield rows, [evaluation_draws(self.views, *self._shapes(rows))]
+
+        yield from self._run(work(), training=False)
+
+    def state(self, epoch: int, step: int) -> dict[str, Any]:
+        """What a checkpoint keeps to go on after `step` steps of `epoch`; plain JSON."""
+        samples = self._span(step - 1, len(self))[1] if step else 0
+        return self._identity() | {
+            "epoch": epoch,
+            "step": step,
+            "samples": samples,
+            "global_batch": self.batch_size * self.world_size,
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse a state that belongs to other data, another order or other augmentations.
+
+        Raises:
+            ConfigError: a field differs; the message names it.
+        """
+        for name, expected in self._identity().items():
+            if state.get(name) != expected:
+                raise ConfigError(
+                    f"cannot resume: {name} was {state.get(name)!r} and is now {expected!r}"
+                )
+        for name in ("epoch", "step", "samples", "global_batch"):
+            if not isinstance(state.get(name), int) or state[name] < 0:
+                raise ConfigError(f"cannot resume: {name} is {state.get(name)!r}, not a count")
+        if state["samples"] > len(self):
+            raise ConfigError(
+                f"cannot resume: samples is {state['samples']}, the epoch has {len(self)}"
+            )
+
+    def resume_point(self, state: dict[str, Any]) -> tuple[int, int]:
+        """Epoch and `start_sample` to go on from, also with other ranks or another batch size.
+
+        Raises:
+            ConfigError: the state does not belong to this loader.
+        """
+        self.check_state(state)
+        return state["epoch"], state["samples"]
+
+    def _identity(self) -> dict[str, Any]:
+        recipe = canonical_json(self.views.model_dump(mode="json"))
+        return {
+            "manifest": self.shards.manifest_hash,
+            "schema": self.shards.schema_hash,
+            "seed": self.seed,
+            "split": self.split,
+            "drop_last": self.drop_last,
+            "views": hashlib.sha256(recipe).hexdigest(),
+        }
+
+    def _steps(self, samples: int) -> int:
+        """Steps that `samples` samples of an epoch make."""
+        full, rest = divmod(samples, self.batch_size * self.world_size)
+        if self.drop_last:
+            if full == 0 and samples == len(self):
+                raise DataError(
+                    f"{self.shards.folder}: split {self.split!r} has {samples} samples, fewer "
+                    f"than one batch of {self.world_size} × {self.batch_size}"
+                )
+            return full
+        if samples == len(self) and samples < self.world_size:
+            raise DataError(
+                f"{self.shards.folder}: split {self.split!r} has {samples} samples for "
+                f"{self.world_size} ranks"
+            )
+        return full + (rest >= self.world_size or (full == 0 and rest > 0))
+
+    def _span(self, step: int, samples: int) -> tuple[int, int]:
+        """First and last (excluded) place of a step among `samples` samples."""
+        size = self.batch_size * self.world_size
+        last = step == self._steps(samples) - 1 and not self.drop_last
+        return step * size, samples if last else (step + 1) * size
+
+    def _share(self, start: int, end: int) -> NDArray[np.int64]:
+        """This rank's part of the places [start, end): the ranks' parts in order are the whole."""
+        count = end - start
+        low = start + count * self.rank // self.world_size
+        high = start + count * (self.rank + 1) // self.world_size
+        return np.arange(low, high)
+
+    def _shapes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        records = self.shards.index[rows]
+        return records["height"].astype(np.int64), records["width"].astype(np.int64)
+
+    def _run(
+        self, work: Iterable[tuple[NDArray[np.int64], list[Draws]]], training: bool
+    ) -> Iterator[Batch]:
+        """Read ahead, decode ahead, and give out in order."""
+        pipeline = self._pipeline(training)
+        reading: deque[tuple[NDArray[np.int64], list[Draws], list[Future[bytes]]]] = deque()
+        decoding: deque[tuple[NDArray[np.int64], list[Draws]]] = deque()
+        try:
+            for rows, draws in work:
+                futures = [self._readers.submit(self.shards.read, int(row)) for row in rows]
+                reading.append((rows, draws, futures))
+                if len(reading) > pipeline.depth:
+                    decoding.append(self._submit(pipeline, *reading.popleft()))
+                if len(decoding) == pipeline.depth:
+                    yield self._batch(pipeline, *decoding.popleft())
+            while reading or decoding:
+                if reading:
+                    decoding.append(self._submit(pipeline, *reading.popleft()))
+                if len(decoding) == pipeline.depth or not reading:
+                    yield self._batch(pipeline, *decoding.popleft())
+        finally:
+            for _, _, futures in reading:
+                for future in futures:
+                    future.cancel()
+            pipeline.reset()
+
+    @staticmethod
+    def _submit(
+        pipeline: Pipeline,
+        rows: NDArray[np.int64],
+        draws: list[Draws],
+        futures: list[Future[bytes]],
+    ) -> tuple[NDArray[np.int64], list[Draws]]:
+        pipeline.submit(rows.tolist(), [future.result() for future in futures], draws)
+        return rows, draws
+
+    def _batch(self, pipeline: Pipeline, rows: NDArray[np.int64], draws: list[Draws]) -> Batch:
+        tensors = pipeline.result()
+        index = torch.from_numpy(rows)
+        boxes = [torch.from_numpy(d.boxes.astype(np.float32)) for d in draws]
+        metadata = {}
+        for name, values in self._metadata.items():
+            part = values[index]
+            metadata[name] = part[:, 0] if part.ndim == 2 and part.shape[1] == 1 else part
+        return Batch(
+            views=tensors[0],
+            metadata=metadata,
+            rows=index,
+            boxes=boxes[0],
+            local_views=tensors[1] if len(tensors) > 1 else None,
+            local_boxes=boxes[1] if len(boxes) > 1 else None,
+        )
+
+    def _pipeline(self, training: bool) -> Pipeline:
+        if training not in self._pipelines:
+            counts = [(self.views.count if training else 1, self.views.size)]
+            if training and self.views.local_count:
+                counts.append((self.views.local_count, self.views.local_size))
+            size = self.batch_size + 1
+            if self.backend == "torch":
+                self._pipelines[training] = TorchPipeline(
+                    self.shards, self.views, self._form, size, self._threads
+                )
+            else:
+                self._pipelines[training] = DaliPipeline(
+                    self.shards, self.views, self._form, size, self._threads, self.device, counts
+                )
+        return self._pipelines[training]
+
+
+def _choose_backend(backend: Backend, device: torch.device) -> Literal["dali", "torch"]:
+    if backend == "torch" and device.type != "cpu":
+        raise ConfigError("the torch backend makes views on the CPU; use dali for a CUDA device")
+    if backend == "auto":
+        try:
+            import_dali()
+        except MissingExtraError:
+            if device.type != "cpu":
+                raise
+            return "torch"
+        return "dali"
+    if backend == "dali":
+        import_dali()
+    return backend

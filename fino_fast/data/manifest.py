@@ -1,0 +1,93 @@
+"""`MANIFEST.json`: written last, names everything that belongs to a sealed set, with hashes."""
+
+import hashlib
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fino_fast.config import StrictModel
+from fino_fast.errors import ConfigError, DataError
+
+from .files import canonical_json, read_json
+
+MANIFEST = "MANIFEST.json"
+
+
+class SealedFile(StrictModel):
+    """A file of the set."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class SealedShard(StrictModel):
+    """A shard of the set: its tar and its sidecar."""
+
+    name: str = Field(pattern=r"^shard-\d{4}-\d{6}$")
+    first_row: int = Field(ge=0)
+    rows: int = Field(ge=1)
+    samples: int = Field(ge=0)
+    rejected: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: str
+    sidecar_sha256: str
+
+
+class Manifest(StrictModel):
+    """What a sealed set consists of."""
+
+    format: Literal["fino-fast shards"] = "fino-fast shards"
+    version: Literal[1] = 1
+    planned: int = Field(ge=1)
+    """Rows that were ever planned."""
+    samples: int = Field(ge=1)
+    """Rows whose images are in the shards."""
+    rejected: int = Field(ge=0)
+    """Planned rows without an image; a row that was tried again is planned once more."""
+    plans: list[str] = Field(min_length=1)
+    """SHA-256 of the `plan.json` of every generation."""
+    schema_file: SealedFile
+    index: SealedFile
+    table: SealedFile
+    """One row a sample: id, path, split and raw metadata, in the order of the index."""
+    shards: list[SealedShard] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        row = 0
+        for shard in self.shards:
+            if shard.first_row != row:
+                raise ValueError(f"shard {shard.name} starts at row {shard.first_row}, not {row}")
+            if shard.samples + shard.rejected != shard.rows:
+                raise ValueError(f"the counts of shard {shard.name} do not add up")
+            row += shard.rows
+        if row != self.planned or self.samples + self.rejected != self.planned:
+            raise ValueError("the counts do not add up")
+        if sum(shard.samples for shard in self.shards) != self.samples:
+            raise ValueError("the shards' samples do not add up")
+        return self
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the manifest of a sealed set.
+
+        Raises:
+            DataError: the set is not sealed, or the manifest is damaged.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise DataError(
+                f"{folder}: is no sealed set of shards: it has no {MANIFEST}; run `fino-fast "
+                "ingest` until it ends without an error"
+            )
+        try:
+            return cls.checked(read_json(path), str(path))
+        except ConfigError as error:
+            raise DataError(f"{error}; the file is damaged") from error
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the manifest: one name for the whole content of the set."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()

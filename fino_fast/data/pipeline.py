@@ -1,0 +1,93 @@
+"""What both pipelines share: the pixels' form, the order of work, the result."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fino_fast.errors import DataError
+
+from .index import FORMS
+from .shardset import ShardSet
+from .views import Draws, Views
+
+
+@dataclass(frozen=True)
+class PixelForm:
+    """What all images that a loader reads have in common."""
+
+    dtype: str
+    """uint8, uint16 or float32."""
+    stored: int
+    """Channels to decode."""
+    channels: int
+    """Channels of a view."""
+    white: float
+    """Pixel value that counts as 1."""
+
+
+def pixel_form(shards: ShardSet, rows: np.ndarray, views: Views) -> PixelForm:
+    """The form of the images at `rows`.
+
+    Raises:
+        DataError: they have no common form, or not the one that the recipe asks for.
+    """
+    dtypes = {FORMS[form][1] for form in np.unique(shards.index["form"][rows])}
+    if len(dtypes) > 1:
+        raise DataError(
+            f"{shards.folder}: images of types {sorted(dtypes)} in one split: their values have no "
+            "common scale; convert them to one type"
+        )
+    (dtype,) = dtypes
+    found = [int(c) for c in np.unique(shards.index["channels"][rows])]
+    wanted = views.channels
+    if wanted is None:
+        if len(found) > 1:
+            raise DataError(
+                f"{shards.folder}: images of {found} channels in one split: set views.channels"
+            )
+        wanted = found[0]
+    if any(c not in (wanted, 1) for c in found) or (wanted != 3 and found != [wanted]):
+        raise DataError(
+            f"{shards.folder}: images of {found} channels do not give views of {wanted}; only grey "
+            "images are expanded, and only to 3"
+        )
+    # Grey images are decoded and resized as one channel; beside colour they are decoded as RGB.
+    stored = found[0] if len(found) == 1 else wanted
+    declared = shards.schema.declaration.images
+    white = {
+        "uint8": 255.0,
+        "uint16": float(2 ** (declared.bits_used or 16) - 1),
+        "float32": declared.scale or 1.0,
+    }[dtype]
+    views.per_channel(wanted)
+    return PixelForm(dtype, stored, wanted, white)
+
+
+class Pipeline(Protocol):
+    """Decodes and augments batches; `submit` may run ahead of `result` by `depth` batches."""
+
+    depth: int
+
+    def submit(
+        self, rows: Sequence[int], payloads: Sequence[bytes], draws: Sequence[Draws]
+    ) -> None:
+        """Start work on a batch.
+
+        Args:
+            rows: sample numbers, for messages.
+            payloads: encoded images.
+            draws: one entry a view size.
+        """
+
+    def result(self) -> list[torch.Tensor]:
+        """The oldest batch that was submitted: float32 [v, n, C, H, W] for each of its draws.
+
+        Raises:
+            DataError: an image does not decode; the message names it.
+        """
+
+    def reset(self) -> None:
+        """Forget what was submitted."""

@@ -1,0 +1,256 @@
+"""Phase 1: the table alone decides what every shard will hold.
+
+A plan is a pure function of the table, the declaration, the state of the files and a seed: rows are
+shuffled once and cut into shards by bytes. A shard is a range of planned rows, never "what worker 3
+wrote", so any worker can write any shard, any number of times, with the same bytes.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import Field
+
+from fino_fast.config import StrictModel
+from fino_fast.errors import ConfigError, DataError
+
+from .declaration import Declaration
+from .files import canonical_json, committed, read_json, sha256_of, write_json
+from .images import ImageRejected
+from .order import PLAN, derive_key, permute
+from .schema import Schema, freeze
+from .sources import Root
+from .table import Rows
+
+FACTOR = "factor:"
+"""Prefix of the columns that hold raw metadata in every Parquet file of a set."""
+
+_STAT_THREADS = 16
+_STAT_CHUNK = 4096
+
+
+class Inputs(StrictModel):
+    """What a plan was made from; the same inputs resume it."""
+
+    table_sha256: str
+    declaration_sha256: str
+    id_column: str
+    path_column: str
+    seed: int
+    shard_bytes: int = Field(ge=1)
+
+
+class PlannedShard(StrictModel):
+    """A range of planned rows."""
+
+    name: str = Field(pattern=r"^shard-\d{4}-\d{6}$")
+    first_row: int = Field(ge=0)
+    rows: int = Field(ge=1)
+
+
+class Plan(StrictModel):
+    """`plan.json` of one generation: one ingest that added rows to the set."""
+
+    format: Literal["fino-fast plan"] = "fino-fast plan"
+    version: Literal[1] = 1
+    generation: int = Field(ge=0)
+    inputs: Inputs
+    first_row: int = Field(ge=0)
+    rows: int = Field(ge=1)
+    shards: list[PlannedShard] = Field(min_length=1)
+    rows_sha256: str
+    schema_sha256: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read `plan.json` of a generation's folder.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        path = folder / "plan.json"
+        try:
+            plan = cls.checked(read_json(path), str(path))
+        except ConfigError as error:
+            raise DataError(f"{error}; the file is damaged") from error
+        row = plan.first_row
+        for shard in plan.shards:
+            if shard.first_row != row:
+                raise DataError(f"{path}: is damaged: shard {shard.name} starts at a wrong row")
+            row += shard.rows
+        if row != plan.first_row + plan.rows:
+            raise DataError(f"{path}: is damaged: its shards do not add up to {plan.rows} rows")
+        return plan
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of `plan.json`."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+
+def plan_folder(out: Path, generation: int) -> Path:
+    return out / f"plan-{generation:04d}"
+
+
+def make_plan(
+    out: Path,
+    generation: int,
+    first_row: int,
+    inputs: Inputs,
+    declaration: Declaration,
+    rows: Rows,
+    table_rows: NDArray[np.int64],
+    fresh: NDArray[np.bool_],
+    images: Path,
+    previous: Schema | None,
+) -> Plan:
+    """Plan the given rows as one generation and commit the plan; `plan.json` is written last.
+
+    Args:
+        out: folder of the set.
+        generation: number of this ingest, from 0.
+        first_row: planned rows of the earlier generations.
+        inputs: what the plan is made from.
+        declaration: the declared schema.
+        rows: the rows to plan, checked.
+        table_rows: row number of each in the table, from 0.
+        fresh: False for rows that an earlier generation planned already.
+        images: the folder that paths start from.
+        previous: the frozen schema of the earlier generations.
+
+    Raises:
+        DataError: the rows give no usable schema.
+    """
+    schema = freeze(declaration, rows.raw, rows.splits, pa.array(fresh), previous)
+    count = len(rows)
+    key = derive_key(inputs.seed, PLAN, generation)
+    # Row i of the table goes to place order[i]; taking by the inverse shuffles the table.
+    shuffled = np.argsort(permute(np.arange(count), count, key))
+    sizes, mtimes, codes, details = _survey(images, rows.paths.take(pa.array(shuffled)))
+    table = pa.table(
+        {
+            "row": np.arange(first_row, first_row + count),
+            "table_row": table_rows[shuffled],
+            "id": rows.ids.take(pa.array(shuffled)),
+            "path": rows.paths.take(pa.array(shuffled)),
+            "split": rows.splits.take(pa.array(shuffled)),
+            "size": sizes,
+            "mtime_ns": mtimes,
+            "code": pa.array(codes, pa.string()),
+            "detail": pa.array(details, pa.string()),
+        }
+        | {FACTOR + name: raw.take(pa.array(shuffled)) for name, raw in rows.raw.items()}
+    )
+    shards = list(_cut(sizes, generation, first_row, inputs.shard_bytes))
+    folder = plan_folder(out, generation)
+    folder.mkdir(exist_ok=True)
+    with (
+        committed(folder / "rows.parquet") as file,
+        pq.ParquetWriter(file, table.schema, compression="zstd") as writer,
+    ):
+        for shard in shards:
+            # One row group a shard, so that its worker reads nothing else.
+            writer.write_table(
+                table.slice(shard.first_row - first_row, shard.rows), row_group_size=shard.rows
+            )
+    schema_sha256 = write_json(folder / "schema.json", schema.content())
+    plan = Plan(
+        generation=generation,
+        inputs=inputs,
+        first_row=first_row,
+        rows=count,
+        shards=shards,
+        rows_sha256=sha256_of(folder / "rows.parquet"),
+        schema_sha256=schema_sha256,
+    )
+    write_json(folder / "plan.json", plan.model_dump(mode="json"))
+    return plan
+
+
+def _survey(
+    images: Path, paths: pa.Array
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str | None], list[str | None]]:
+    """Size, time of change, and code and detail of what cannot be found, for every path."""
+    root = Root(images)
+    sizes = np.zeros(len(paths), dtype=np.int64)
+    mtimes = np.zeros(len(paths), dtype=np.int64)
+    codes: list[str | None] = [None] * len(paths)
+    details: list[str | None] = [None] * len(paths)
+
+    def look(start: int) -> None:
+        for i, path in enumerate(paths.slice(start, _STAT_CHUNK).to_pylist(), start):
+            try:
+                source = root.find(path)
+            except ImageRejected as rejection:
+                codes[i], details[i] = rejection.code, rejection.detail
+            else:
+                sizes[i], mtimes[i] = source.size, source.mtime_ns
+
+    # Threads hide the latency of network file systems; locally they do no harm.
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        list(pool.map(look, range(0, len(paths), _STAT_CHUNK)))
+    return sizes, mtimes, codes, details
+
+
+def _cut(
+    sizes: NDArray[np.int64], generation: int, first_row: int, shard_bytes: int
+) -> Iterator[PlannedShard]:
+    """Consecutive ranges of about `shard_bytes`; a larger image has a shard of its own."""
+    # Members cost two headers and padding besides the image; small images would otherwise
+    # make shards of many times the wanted size.
+    ends = np.cumsum(sizes + 2048)
+    start, number, before = 0, 0, 0
+    while start < len(sizes):
+        end = max(int(np.searchsorted(ends, before + shard_bytes, side="right")), start + 1)
+        yield PlannedShard(
+            name=f"shard-{generation:04d}-{number:06d}",
+            first_row=first_row + start,
+            rows=end - start,
+        )
+        before, start, number = int(ends[end - 1]), end, number + 1
+
+
+def planned_ids(out: Path, plan: Plan) -> pa.Array:
+    """Ids of all rows of a plan.
+
+    Raises:
+        DataError: the row file cannot be read.
+    """
+    return planned_columns(out, plan, ["id"])["id"].combine_chunks()
+
+
+def planned_columns(out: Path, plan: Plan, columns: list[str]) -> pa.Table:
+    """Some columns of all rows of a plan, in planned order.
+
+    Raises:
+        DataError: the row file cannot be read.
+    """
+    path = plan_folder(out, plan.generation) / "rows.parquet"
+    try:
+        return pq.read_table(path, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def read_planned_rows(out: Path, generation: int, group: int, shard: PlannedShard) -> pa.Table:
+    """The planned rows of one shard, which are row group `group` of the plan's row file.
+
+    Raises:
+        DataError: the row file is damaged.
+    """
+    path = plan_folder(out, generation) / "rows.parquet"
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read_row_group(group)
+    except (OSError, pa.ArrowException, IndexError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    rows = table["row"]
+    if len(rows) != shard.rows or rows[0].as_py() != shard.first_row:
+        raise DataError(f"{path}: is damaged: shard {shard.name} does not find its rows")
+    return table

@@ -1,0 +1,163 @@
+"""Phase 3: every planned shard is there and its counts add up; then, and only then, a manifest."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fino_fast.errors import DataError
+
+from .files import committed, remove_temporaries, sha256_of, write_json
+from .index import FORMS, RECORD
+from .manifest import MANIFEST, Manifest, SealedFile, SealedShard
+from .plan import FACTOR, Plan, plan_folder, planned_ids
+from .schema import Schema
+from .write import Receipt
+
+REJECTS = "rejects.parquet"
+
+_TABLE_COLUMNS = ["row", "id", "path", "split"]
+_REJECT_COLUMNS = ["row", "table_row", "id", "path", "code", "detail"]
+
+
+def seal(out: Path, plans: list[Plan], receipts: list[Receipt]) -> Manifest:
+    """Write index, sample table and schema, and commit the manifest.
+
+    The files that an earlier seal's manifest names stay until the new manifest stands, so a reader
+    sees the old set or the new one.
+
+    Args:
+        out: folder of the set.
+        plans: every generation, in order.
+        receipts: of every shard, in order.
+
+    Raises:
+        DataError: a shard is missing or its counts disagree with its plan.
+    """
+    _check_complete(out, plans, receipts)
+    last = plans[-1].generation
+    schema = Schema.read(plan_folder(out, last) / "schema.json")
+    suffix = f"{last:04d}"
+    names = [f"schema-{suffix}.json", f"index-{suffix}.npy", f"samples-{suffix}.parquet"]
+    write_json(out / names[0], schema.content())
+    _write_index(out / names[1], out, receipts, schema)
+    _write_parquet(out / names[2], _samples(out, receipts, schema))
+    sealed = [_sealed_file(out / name) for name in names]
+    manifest = Manifest(
+        planned=sum(plan.rows for plan in plans),
+        samples=sum(receipt.samples for receipt in receipts),
+        rejected=sum(receipt.rejected for receipt in receipts),
+        plans=[plan.hash for plan in plans],
+        schema_file=sealed[0],
+        index=sealed[1],
+        table=sealed[2],
+        shards=[
+            SealedShard(
+                **receipt.model_dump(
+                    include={"name", "first_row", "rows", "samples", "rejected", "bytes"}
+                    | {"sha256", "sidecar_sha256"}
+                )
+            )
+            for receipt in receipts
+        ],
+    )
+    remove_temporaries(out)
+    write_json(out / MANIFEST, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _check_complete(out: Path, plans: list[Plan], receipts: list[Receipt]) -> None:
+    planned = [(shard, plan) for plan in plans for shard in plan.shards]
+    if len(planned) != len(receipts):
+        raise DataError(f"{out}: {len(receipts)} of {len(planned)} shards are committed")
+    for (shard, plan), receipt in zip(planned, receipts, strict=True):
+        if (receipt.name, receipt.rows, receipt.plan_sha256) != (
+            shard.name,
+            shard.rows,
+            plan.hash,
+        ):
+            raise DataError(f"{out}: shard {shard.name}: its receipt belongs to another plan")
+
+
+def _sidecars(out: Path, receipts: list[Receipt], columns: list[str]) -> Iterator[pa.Table]:
+    for receipt in receipts:
+        path = out / f"{receipt.name}.parquet"
+        try:
+            table = pq.read_table(path, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+        if len(table) != receipt.rows:
+            raise DataError(f"{path}: has {len(table)} rows, its receipt says {receipt.rows}")
+        yield table
+
+
+def _write_index(path: Path, out: Path, receipts: list[Receipt], schema: Schema) -> None:
+    samples = sum(receipt.samples for receipt in receipts)
+    if samples == 0:
+        raise DataError(f"{out}: not one image could be taken; see {REJECTS}")
+    columns = ["status", "split", "extension", "dtype"]
+    numbers = ["offset", "size", "height", "width", "channels", "crc32"]
+    splits = pa.array(schema.splits, pa.string())
+    with committed(path) as file:
+        np.lib.format.write_array_header_1_0(
+            file,
+            {
+                "descr": np.lib.format.dtype_to_descr(RECORD),
+                "fortran_order": False,
+                "shape": (samples,),
+            },
+        )
+        for number, table in enumerate(_sidecars(out, receipts, columns + numbers)):
+            table = table.filter(pc.equal(table["status"], "ok"))
+            records = np.zeros(len(table), dtype=RECORD)
+            records["shard"] = number
+            for name in numbers:
+                records[name] = table[name].to_numpy()
+            records["split"] = pc.index_in(table["split"], value_set=splits).to_numpy()
+            forms = zip(table["extension"].to_pylist(), table["dtype"].to_pylist(), strict=True)
+            records["form"] = [FORMS.index(form) for form in forms]
+            file.write(records.tobytes())
+
+
+def _samples(out: Path, receipts: list[Receipt], schema: Schema) -> Iterator[pa.Table]:
+    columns = _TABLE_COLUMNS + [FACTOR + name for name in schema.factors]
+    for table in _sidecars(out, receipts, ["status", *columns]):
+        yield table.filter(pc.equal(table["status"], "ok")).select(columns)
+
+
+def write_rejects(out: Path, plans: list[Plan], receipts: list[Receipt]) -> pa.Table:
+    """Commit `rejects.parquet`: every rejected row that was not tried again since; return it."""
+    kept = []
+    remaining = iter(receipts)
+    for i, plan in enumerate(plans):
+        own = [next(remaining) for _ in plan.shards]
+        lost = pa.concat_tables(
+            table.filter(pc.equal(table["status"], "rejected")).select(_REJECT_COLUMNS)
+            for table in _sidecars(out, own, ["status", *_REJECT_COLUMNS])
+        )
+        for later in plans[i + 1 :]:
+            again = pc.is_in(lost["id"], value_set=planned_ids(out, later))
+            lost = lost.filter(pc.invert(again))
+        kept.append(lost)
+    rejects = pa.concat_tables(kept)
+    _write_parquet(out / REJECTS, [rejects])
+    return rejects
+
+
+def _write_parquet(path: Path, tables: Iterator[pa.Table] | list[pa.Table]) -> None:
+    tables = iter(tables)
+    first = next(tables)
+    with (
+        committed(path) as file,
+        pq.ParquetWriter(file, first.schema, compression="zstd") as writer,
+    ):
+        writer.write_table(first)
+        for table in tables:
+            writer.write_table(table)
+
+
+def _sealed_file(path: Path) -> SealedFile:
+    return SealedFile(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))

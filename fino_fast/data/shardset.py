@@ -1,0 +1,239 @@
+"""A sealed set of shards, opened for reading."""
+
+import functools
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from fino_fast.errors import DataError
+
+from .files import sha256_of
+from .index import FORMS, Index, read_index
+from .manifest import Manifest, SealedFile
+from .plan import FACTOR
+from .schema import Encoded, Schema, number_matrix
+
+_OPEN_SHARDS = 128
+
+
+class Strings(Sequence[str]):
+    """Strings in Arrow's memory: a list to look at, without a Python object for each."""
+
+    def __init__(self, values: pa.ChunkedArray) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Strings": ...
+    def __getitem__(self, place: int | slice) -> "str | Strings":
+        if isinstance(place, slice):
+            return Strings(self._values[place])
+        value: str = self._values[int(place)].as_py()
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self._values.iterchunks():
+            yield from chunk.to_pylist()
+
+
+class ShardSet:
+    """Samples of a sealed set, by number: their bytes, metadata and place.
+
+    Opening checks the manifest, the schema, the index and every shard's size; each sample's
+    checksum is checked when it is read. `fino-fast verify` checks every byte.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, schema: Schema, index: Index) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.schema = schema
+        self.index = index
+        self.schema_hash = manifest.schema_file.sha256
+        self.manifest_hash = manifest.hash
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a sealed set.
+
+        Raises:
+            DataError: it is not sealed, or a file is missing, cut or changed.
+        """
+        path = Path(path)
+        manifest = Manifest.read(path)
+        for sealed in (manifest.schema_file, manifest.index, manifest.table):
+            check_file(path, sealed)
+        for shard in manifest.shards:
+            check_shard_size(path / f"{shard.name}.tar", shard.bytes)
+        schema = Schema.read(path / manifest.schema_file.name)
+        sizes = [shard.bytes for shard in manifest.shards]
+        index = read_index(path / manifest.index.name, manifest.samples, sizes, len(schema.splits))
+        return cls(path, manifest, schema, index)
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process opens its own files."""
+        return self.__dict__ | {"_files": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def ids(self) -> Strings:
+        """Sample ids, in the order of the index."""
+        return Strings(self._column("id"))
+
+    @property
+    def splits(self) -> NDArray[np.object_]:
+        """Name of every sample's split."""
+        names: NDArray[np.object_] = np.array(self.schema.splits, dtype=object)
+        return np.take(names, self.index["split"])
+
+    def rows_of(self, split: str) -> NDArray[np.int64]:
+        """Numbers of the samples of a split, ascending.
+
+        Raises:
+            DataError: the set has no such split, or no sample of it.
+        """
+        if split not in self.schema.splits:
+            raise DataError(f"{self.folder}: no split {split!r}; it has {self.schema.splits}")
+        rows = np.flatnonzero(self.index["split"] == self.schema.splits.index(split))
+        if len(rows) == 0:
+            raise DataError(f"{self.folder}: split {split!r} has no sample")
+        return rows
+
+    def encoded(self, name: str) -> Encoded:
+        """One factor's metadata for all samples, as the loss takes them.
+
+        Returns:
+            int64 [n] with −1 for missing (categorical), else float32 [n, width] with NaN for
+            missing, unscaled; cyclic ones as (sin, cos), multi-valued ones as indicators.
+
+        Raises:
+            DataError: the set has no such factor, or its table is damaged.
+        """
+        return self.schema.factors[name].encode(self._factor(name))
+
+    def raw(self, name: str) -> list[str | None] | list[list[str] | None] | NDArray[np.float64]:
+        """One factor's values for all samples, as they stand in the table.
+
+        Returns:
+            strings with None for missing (categorical), lists of strings (multi), or float64
+            [n] or [n, d] with NaN for missing (continuous, cyclic).
+
+        Raises:
+            DataError: the set has no such factor, or its table is damaged.
+        """
+        values = self._factor(name)
+        if self.schema.factors[name].moments is None:
+            strings: list[str | None] = values.to_pylist()
+            return strings
+        matrix = number_matrix(values)
+        return matrix[:, 0] if matrix.shape[1] == 1 else matrix
+
+    def extension(self, row: int) -> str:
+        """File name extension of a sample."""
+        return FORMS[self.index["form"][row]][0]
+
+    def read(self, row: int) -> bytes:
+        """A sample's stored bytes, checked.
+
+        Raises:
+            DataError: they are not what was sealed; the message names id, shard and offset.
+        """
+        record = self.index[row]
+        shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
+        try:
+            data = self._read_at(shard, offset, size)
+        except OSError as error:
+            raise DataError(f"{self.describe(row)}: cannot be read: {error.strerror}") from error
+        if len(data) != size or zlib.crc32(data) != record["crc32"]:
+            raise DataError(
+                f"{self.describe(row)}: the bytes are not those that were sealed; run "
+                f"`fino-fast verify {self.folder}`, then restore or rewrite the shard"
+            )
+        return data
+
+    def describe(self, row: int) -> str:
+        """Where a sample is, for messages."""
+        record = self.index[row]
+        name = self.manifest.shards[int(record["shard"])].name
+        return f"sample {self.ids[row]!r} in {self.folder / name}.tar at offset {record['offset']}"
+
+    def _read_at(self, shard: int, offset: int, size: int) -> bytes:
+        # pread and not mmap: a file that shrinks under a mapping kills the process, and Python
+        # keeps a descriptor open for every mapping, of which there are too few for all shards.
+        with self._lock:
+            descriptor = self._files.pop(shard, None)
+            if descriptor is None:
+                name = self.manifest.shards[shard].name
+                descriptor = os.open(self.folder / f"{name}.tar", os.O_RDONLY | os.O_CLOEXEC)
+            self._files[shard] = descriptor
+            descriptor = os.dup(descriptor)
+            if len(self._files) > _OPEN_SHARDS:
+                os.close(self._files.popitem(last=False)[1])
+        try:
+            return os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+
+    def _factor(self, name: str) -> pa.Array:
+        if name not in self.schema.factors:
+            raise DataError(
+                f"{self.folder}: no factor {name!r}; it has {list(self.schema.factors)}"
+            )
+        return self._column(FACTOR + name).combine_chunks()
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        path = self.folder / self.manifest.table.name
+        try:
+            column = pq.read_table(path, columns=[name])[name]
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+        if len(column) != len(self):
+            raise DataError(f"{path}: is damaged: {len(column)} rows for {len(self)} samples")
+        return column
+
+
+def check_file(folder: Path, sealed: SealedFile) -> None:
+    """Compare a small file of the set with the manifest.
+
+    Raises:
+        DataError: it is missing or changed.
+    """
+    path = folder / sealed.name
+    if sha256_of(path) != sealed.sha256:
+        raise DataError(f"{path}: is not the file that was sealed (its SHA-256 differs)")
+
+
+def check_shard_size(path: Path, expected: int) -> None:
+    """Compare a shard's size with the manifest.
+
+    Raises:
+        DataError: it is missing or has another size.
+    """
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"shard {path}: cannot be read: {error.strerror}") from error
+    if found != expected:
+        raise DataError(
+            f"shard {path}: has {found} bytes, {expected} were sealed: it was cut or replaced"
+        )

@@ -1,0 +1,96 @@
+"""`fino-fast verify`: read everything back and compare it with what was sealed."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fino_fast.errors import DataError
+
+from .files import sha256_of
+from .index import FORMS
+from .manifest import SealedShard
+from .shardset import ShardSet
+from .tar import BLOCK, member_header
+from .write import Receipt
+
+
+def verify(folder: Path, progress: Callable[[SealedShard], None] | None = None) -> list[str]:
+    """Check counts, sizes and hashes of everything in a sealed set.
+
+    Args:
+        folder: the set.
+        progress: called after each shard.
+
+    Returns:
+        One line for each fault that concerns a shard; empty when all is well.
+
+    Raises:
+        DataError: the set cannot even be opened (not sealed, a shard cut, the index damaged).
+    """
+    shards = ShardSet.open(folder)
+    faults: list[str] = []
+    first = 0
+    for number, shard in enumerate(shards.manifest.shards):
+        try:
+            _verify_shard(shards, number, shard, first)
+        except DataError as error:
+            faults.append(f"shard {shard.name}: {error}")
+        first += shard.samples
+        if progress:
+            progress(shard)
+    return faults
+
+
+def _verify_shard(shards: ShardSet, number: int, shard: SealedShard, first: int) -> None:
+    """Check one shard, whose samples start at record `first` of the index.
+
+    Raises:
+        DataError: anything about it is not as sealed.
+    """
+    folder = shards.folder
+    sidecar_path = folder / f"{shard.name}.parquet"
+    if sha256_of(sidecar_path) != shard.sidecar_sha256:
+        raise DataError(f"{sidecar_path.name} is not the file that was sealed")
+    receipt = Receipt.read(folder / f"{shard.name}.json")
+    kept = {name: getattr(shard, name) for name in type(shard).model_fields}
+    if {name: getattr(receipt, name) for name in kept} != kept:
+        raise DataError(f"{shard.name}.json and the manifest disagree")
+    try:
+        sidecar = pq.read_table(sidecar_path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{sidecar_path.name} cannot be read: {error}") from error
+    samples = sidecar.filter(pc.equal(sidecar["status"], "ok")).to_pylist()
+    records = shards.index[first : first + shard.samples]
+    if len(sidecar) != shard.rows or len(samples) != shard.samples:
+        raise DataError(f"{sidecar_path.name} does not hold the rows that were sealed")
+    digest = hashlib.sha256()
+    place = 0
+    with (folder / f"{shard.name}.tar").open("rb") as tar:
+
+        def advance(to: int) -> bytes:
+            nonlocal place
+            data = tar.read(to - place)
+            digest.update(data)
+            place = to
+            return data
+
+        for sample, record in zip(samples, records, strict=True):
+            name = f"{sample['row']:012d}.{sample['extension']}"
+            found = (int(record["shard"]), int(record["offset"]), int(record["size"]))
+            if found != (number, sample["offset"], sample["size"]):
+                raise DataError(f"{name} (id {sample['id']!r}): the index points elsewhere")
+            if FORMS[record["form"]] != (sample["extension"], sample["dtype"]):
+                raise DataError(f"{name} (id {sample['id']!r}): the index names another form")
+            before = advance(sample["offset"])
+            payload = advance(sample["offset"] + sample["size"])
+            if before[-BLOCK:] != member_header(name, sample["size"]):
+                raise DataError(f"{name} (id {sample['id']!r}): is not where it was sealed")
+            if hashlib.sha256(payload).hexdigest() != sample["sha256"]:
+                raise DataError(f"{name} (id {sample['id']!r}): the bytes have changed")
+        advance(shard.bytes)
+        if digest.hexdigest() != shard.sha256:
+            raise DataError("the tar's SHA-256 differs: a byte outside the images has changed")

@@ -1,0 +1,221 @@
+"""Phase 2: one task writes one shard: tar, sidecar, receipt, in this order.
+
+The receipt is the commit marker. A task is a pure function of the plan and the source files: who
+runs it, how often, and what was left behind by an earlier attempt make no difference to a byte.
+"""
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, model_validator
+
+from fino_fast.config import StrictModel
+from fino_fast.errors import ConfigError, DataError
+
+from .declaration import ImagesDeclaration
+from .files import committed, read_json, sha256_of, write_json
+from .images import ImageRejected, Stored, prepare
+from .plan import FACTOR, PlannedShard, read_planned_rows
+from .sources import Root
+from .tar import TarWriter
+
+_MAX_SAMPLE_BYTES = (1 << 32) - 1
+
+SIDECAR_FIELDS: list[pa.Field] = [
+    pa.field("row", pa.int64()),
+    pa.field("table_row", pa.int64()),
+    pa.field("id", pa.string()),
+    pa.field("path", pa.string()),
+    pa.field("split", pa.string()),
+    pa.field("status", pa.string()),
+    pa.field("code", pa.string()),
+    pa.field("detail", pa.string()),
+    pa.field("extension", pa.string()),
+    pa.field("offset", pa.int64()),
+    pa.field("size", pa.int64()),
+    pa.field("height", pa.int64()),
+    pa.field("width", pa.int64()),
+    pa.field("channels", pa.int64()),
+    pa.field("dtype", pa.string()),
+    pa.field("axes", pa.string()),
+    pa.field("crc32", pa.int64()),
+    pa.field("sha256", pa.string()),
+]
+
+
+class Receipt(StrictModel):
+    """`<shard>.json`: what was committed."""
+
+    format: Literal["fino-fast shard"] = "fino-fast shard"
+    version: Literal[1] = 1
+    name: str
+    first_row: int = Field(ge=0)
+    rows: int = Field(ge=1)
+    samples: int = Field(ge=0)
+    rejected: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: str
+    sidecar_sha256: str
+    plan_sha256: str
+    schema_sha256: str
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if self.samples + self.rejected != self.rows:
+            raise ValueError(f"{self.samples} + {self.rejected} samples are not {self.rows} rows")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a receipt.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        try:
+            return cls.checked(read_json(path), str(path))
+        except ConfigError as error:
+            raise DataError(f"{error}; the file is damaged") from error
+
+
+@dataclass(frozen=True)
+class WriteTask:
+    """Everything that a worker needs to write one shard."""
+
+    out: Path
+    images: Path
+    generation: int
+    group: int
+    """Row group of the shard in the plan's row file."""
+    shard: PlannedShard
+    plan_sha256: str
+    schema_sha256: str
+    limits: ImagesDeclaration
+    check: bool
+
+    @property
+    def name(self) -> str:
+        return self.shard.name
+
+
+def write_shard(task: WriteTask) -> Receipt:
+    """Write and commit one shard.
+
+    Raises:
+        DiskFullError: no room left; nothing of this shard is committed.
+        DataError: the plan is damaged.
+        MissingExtraError: an image needs a package that is not installed.
+    """
+    planned = read_planned_rows(task.out, task.generation, task.group, task.shard)
+    root = Root(task.images)
+    outcomes: list[dict[str, Any]] = []
+    tar_path = task.out / f"{task.name}.tar"
+    with committed(tar_path) as file:
+        tar = TarWriter(file)
+        for row in planned.to_pylist():
+            outcomes.append(_write_row(tar, root, row, task))
+        digest = tar.close()
+    sidecar = _sidecar(planned, outcomes)
+    sidecar_path = task.out / f"{task.name}.parquet"
+    with committed(sidecar_path) as file:
+        pq.write_table(sidecar, file, compression="zstd")
+    samples = sum(outcome["status"] == "ok" for outcome in outcomes)
+    receipt = Receipt(
+        name=task.name,
+        first_row=task.shard.first_row,
+        rows=task.shard.rows,
+        samples=samples,
+        rejected=task.shard.rows - samples,
+        bytes=tar.size,
+        sha256=digest,
+        sidecar_sha256=sha256_of(sidecar_path),
+        plan_sha256=task.plan_sha256,
+        schema_sha256=task.schema_sha256,
+    )
+    write_json(task.out / f"{task.name}.json", receipt.model_dump(mode="json"))
+    return receipt
+
+
+def committed_receipt(task: WriteTask) -> Receipt | None:
+    """The receipt of a shard that needs no writing, None where it must be written (again)."""
+    try:
+        receipt = Receipt.read(task.out / f"{task.name}.json")
+        size = (task.out / f"{task.name}.tar").stat().st_size
+    except (DataError, OSError):
+        return None
+    expected = (task.name, task.plan_sha256, task.shard.first_row, task.shard.rows)
+    found = (receipt.name, receipt.plan_sha256, receipt.first_row, receipt.rows)
+    whole = found == expected and size == receipt.bytes
+    return receipt if whole and (task.out / f"{task.name}.parquet").is_file() else None
+
+
+def _write_row(tar: TarWriter, root: Root, row: dict[str, Any], task: WriteTask) -> dict[str, Any]:
+    """Write one planned row, or say why not."""
+    try:
+        if row["code"] is not None:
+            raise ImageRejected(row["code"], row["detail"])
+        data = root.read(row["path"], row["size"], row["mtime_ns"])
+        stored = prepare(data, task.limits, check=task.check)
+        if len(stored.payload) > _MAX_SAMPLE_BYTES:
+            raise ImageRejected("too_large", f"{len(stored.payload)} bytes; 4 GiB is the limit")
+    except ImageRejected as rejection:
+        return {"status": "rejected", "code": rejection.code, "detail": rejection.detail}
+    name = f"{row['row']:012d}"
+    offset = tar.add(f"{name}.{stored.extension}", stored.payload)
+    tar.add(f"{name}.json", _metadata(row))
+    return _placed(stored, offset)
+
+
+def _placed(stored: Stored, offset: int) -> dict[str, Any]:
+    return {
+        "status": "ok",
+        "extension": stored.extension,
+        "offset": offset,
+        "size": len(stored.payload),
+        "height": stored.height,
+        "width": stored.width,
+        "channels": stored.channels,
+        "dtype": stored.dtype,
+        "axes": stored.axes,
+        "crc32": zlib.crc32(stored.payload),
+        "sha256": hashlib.sha256(stored.payload).hexdigest(),
+    }
+
+
+def _metadata(row: dict[str, Any]) -> bytes:
+    """The sample's `.json` member: what the table says about it, missing values as null."""
+    content = {
+        "id": row["id"],
+        "path": row["path"],
+        "row": row["row"],
+        "split": row["split"],
+        "metadata": {
+            name.removeprefix(FACTOR): value
+            for name, value in row.items()
+            if name.startswith(FACTOR)
+        },
+    }
+    text = json.dumps(
+        content, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    )
+    return text.encode("utf-8")
+
+
+def _sidecar(planned: pa.Table, outcomes: list[dict[str, Any]]) -> pa.Table:
+    """One row per planned row: where the sample is, or why it is not."""
+    columns: dict[str, Any] = {}
+    for field in SIDECAR_FIELDS:
+        if field.name in ("row", "table_row", "id", "path", "split"):
+            columns[field.name] = planned[field.name]
+        else:
+            columns[field.name] = pa.array([o.get(field.name) for o in outcomes], field.type)
+    for name in planned.column_names:
+        if name.startswith(FACTOR):
+            columns[name] = planned[name]
+    return pa.table(columns)
