@@ -32,7 +32,7 @@ def factors() -> list[Factor]:
     """A linear, a prototype and a continuous factor of both roles, all with orthogonal terms."""
     return [
         Categorical("cell_line", 5, head="linear", weight=0.5, orthogonal=0.3, label_smoothing=0.1),
-        Categorical("plate", 7, role="suppress", weight=0.7, orthogonal=0.2, temperature=0.3),
+        Categorical("plate", 7, role="suppress", weight=0.7, orthogonal=0.2, temperature=0.25),
         Continuous(
             "exposure", 2, role="suppress", weight=0.9, orthogonal=0.4, activation="tanh",
             low=(-1.0, 0.0), high=(2.0, 1.0),
