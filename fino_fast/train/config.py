@@ -169,9 +169,10 @@ def check_same(saved: dict[str, Any], config: TrainConfig) -> None:
     before = flatten(saved)
     now = flatten(config.model_dump(mode="json"))
     changed = [
-        f"{key}: {before.get(key, 'not set')!r} → {now.get(key, 'not set')!r}"
+        f"{key}: {before.get(key, 'absent')} → {now.get(key, 'absent')}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.split(".")[0] not in HARMLESS
+        if key.split(".")[0] not in HARMLESS
+        and (key in before, before.get(key)) != (key in now, now.get(key))
     ]
     if changed:
         raise ConfigError(

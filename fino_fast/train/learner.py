@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from fino_fast.data.order import derive_key
 from fino_fast.errors import FinoError
 
 from .config import TrainConfig
@@ -83,7 +83,7 @@ class Learner:
         """
         if self._frozen is not (frozen := step < self.schedule.frozen):
             self._set_frozen(frozen)
-        torch.manual_seed(step_seed(self.config.seed, step, self.world.rank))
+        torch.manual_seed(derive_key(self.config.seed, step, self.world.rank))
         device = self.world.device
         views = [images.to(device, non_blocking=True) for images in views]
         metadata = {name: value.to(device, non_blocking=True) for name, value in metadata.items()}
@@ -126,11 +126,6 @@ class Learner:
             f"step {step + 1}: not finite: {', '.join(wrong)}{where}. The weights are those from "
             "before this step. Try a smaller optimizer.lr, or precision: fp32"
         )
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of all that is random in one step on one rank, independent of the steps before."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 def average_buffers(module: nn.Module) -> None:

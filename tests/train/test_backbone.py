@@ -9,7 +9,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fino_fast.errors import ConfigError
-from fino_fast.train.backbone import adapt_channels, build_backbone, embedding_dim, load_weights
+from fino_fast.train.backbone import (
+    adapt_channels,
+    build_backbone,
+    embedding_dim,
+    load_pretrained,
+    load_weights,
+)
 
 VIT, CONV = "test_vit", "test_resnet"
 
@@ -197,3 +203,19 @@ def test_grey_images_give_the_same_embedding_in_any_number_of_channels(
         expected = source(grey.expand(-1, 3, -1, -1))
         found = target(grey.expand(-1, channels, -1, -1))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_timm_fetches_are_adapted_too(tmp_path: Path) -> None:
+    source = vit(seed=4)
+    save_file(source.state_dict(), tmp_path / "hub.safetensors")
+    options = {"pretrained_cfg_overlay": {"file": str(tmp_path / "hub.safetensors")}}
+    target = vit(channels=2, seed=5)
+    report = load_pretrained(target, VIT, image_size=32, options=options)
+    assert report.adapted == ["patch_embed.proj.weight"]
+    assert not report.missing
+    assert torch.equal(target.norm.weight, source.norm.weight)
+
+
+def test_a_model_without_weights_to_fetch() -> None:
+    with pytest.raises(ConfigError, match=r"'darknet17': timm cannot give pretrained weights"):
+        load_pretrained(build_backbone("darknet17"), "darknet17", image_size=32, options={})

@@ -1,0 +1,56 @@
+"""Several processes are one batch: a run under torchrun equals the run of one process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fino_fast.data import ShardSet
+from fino_fast.errors import ConfigError
+from fino_fast.train import train
+from fino_fast.train.checkpoint import path_of
+from fino_fast.train.trainer import build_loader
+from fino_fast.train.world import World
+
+from .runs import STEPS, rows, run_config, tensors, write_yaml
+
+# Nothing here depends on the rank: no dropout, no statistics of a part of the batch.
+ALIKE = {
+    "backbone": {"name": "test_vit", "freeze": 0.34},
+    "factors": {"module": {"head": "linear"}, "camera": {"orthogonal": 0.1}},
+    "balance": False,
+    "backend": "eager",
+}
+
+
+def torchrun(config: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "fino_fast.cli", "train", str(config), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_ranks_equal_one_and_may_continue_each_others_runs(
+    shards: Path, tmp_path: Path
+) -> None:
+    alone = run_config(shards, tmp_path / "alone", **ALIKE)
+    train(alone)
+    together = run_config(shards, tmp_path / "together", **ALIKE)
+    torchrun(write_yaml(together, tmp_path / "together.yaml"))
+    expected = tensors(path_of(alone.output, STEPS))
+    found = tensors(path_of(together.output, STEPS))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
+    for row, other in zip(rows(alone.output), rows(together.output), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_a_batch_that_the_ranks_cannot_share(shards: Path, tmp_path: Path) -> None:
+    config = run_config(shards, tmp_path / "run")
+    world = World(0, 3, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="batch_size 8 cannot be divided among 3 ranks"):
+        build_loader(config, ShardSet.open(shards), [], world)
