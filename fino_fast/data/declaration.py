@@ -126,8 +126,8 @@ class ImagesDeclaration(StrictModel):
     """Bits that the instrument fills (12 in a 16-bit file): white is 2^bits_used − 1."""
     scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Value of white in floating-point images; left out: 1."""
-    max_pixels: int = Field(default=100_000_000, ge=1)
-    """Larger images are rejected before they are decoded."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    """Larger images are rejected before they are decoded; PIL refuses more than 178,956,970."""
 
 
 class Declaration(StrictModel):

@@ -161,7 +161,7 @@ def decode(payload: bytes | memoryview, extension: str) -> Pixels:
 
 
 def _load(data: bytes) -> Image.Image:
-    """Decode with PIL; the sizes were checked before, so its own bomb guard is not asked."""
+    """Decode with PIL."""
     image = _open(data)
     try:
         image.load()
@@ -171,9 +171,10 @@ def _load(data: bytes) -> Image.Image:
 
 
 def _open(data: bytes) -> Image.Image:
-    Image.MAX_IMAGE_PIXELS = None
     try:
         return Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise ImageRejected("too_large", str(error)) from error
     except UnidentifiedImageError as error:
         raise ImageRejected("unknown_format", f"starts with {data[:16]!r}") from error
     except (OSError, SyntaxError, ValueError, struct.error, EOFError, OverflowError) as error:

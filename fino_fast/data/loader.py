@@ -32,7 +32,7 @@ class Batch:
     views: torch.Tensor
     """float32 [V, B, C, H, W], normalised."""
     metadata: dict[str, torch.Tensor]
-    """By factor, for those that the loader was asked for: int64 [B] with −1 for missing, or float32 [B]
+    """By factor, for those asked for: int64 [B] with −1 for missing, or float32 [B]
     or [B, d] with NaN for missing."""
     rows: torch.Tensor
     """int64 [B], sample numbers in the set."""
@@ -69,7 +69,8 @@ class Loader:
 
     Raises:
         ConfigError: senseless arguments.
-        DataError: the split has fewer samples than ranks, or its images have no common form.
+        DataError: there is no such split or factor, the split has fewer samples than ranks, or
+            its images have no common form.
         MissingExtraError: the backend asked for is not installed.
     """
 
@@ -109,11 +110,10 @@ class Loader:
         self.channels = self._form.channels
         """Channels of the views."""
         self.steps_per_epoch = self._steps(len(self._rows))
-        self._metadata = {
-            name: torch.from_numpy(shards.encoded(name))
-            for name, factor in shards.schema.factors.items()
-            if (factor.role != "ignore" if factors is None else name in factors)
-        }
+        if factors is None:
+            declared = shards.schema.factors.items()
+            factors = [name for name, factor in declared if factor.role != "ignore"]
+        self._metadata = {name: torch.from_numpy(shards.encoded(name)) for name in factors}
         self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="fino-read")
         self._pipelines: dict[bool, Pipeline] = {}
 

@@ -150,7 +150,7 @@ class ShardSet:
 
     def extension(self, row: int) -> str:
         """File name extension of a sample."""
-        return FORMS[self.index["form"][row]][0]
+        return FORMS[int(self.index["form"][row])][0]
 
     def read(self, row: int) -> bytes:
         """A sample's stored bytes, checked.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from fino_fast.config import StrictModel
+from fino_fast.errors import ConfigError
 
 from .order import AUGMENT, derive_key, uniforms
 
@@ -80,11 +81,11 @@ class Views(StrictModel):
         """Mean and standard deviation of every channel, float32 [channels].
 
         Raises:
-            ValueError: the lists fit neither one nor all channels.
+            ConfigError: the lists fit neither one nor all channels.
         """
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, channels):
-                raise ValueError(
+                raise ConfigError(
                     f"views.{name} has {len(getattr(self, name))} values for {channels} channels"
                 )
         mean = np.broadcast_to(np.array(self.mean, np.float32), channels)
