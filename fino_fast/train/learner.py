@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fino_fast.data.order import derive_key
 from fino_fast.errors import FinoError
@@ -100,9 +100,12 @@ class Learner:
         self.optimizer.zero_grad()
         if loss.requires_grad:
             loss.backward()
-        norm = clip_grad_norm_(self.student.parameters(), self.config.optimizer.clip or math.inf)
+        parameters = [p for p in self.student.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         terms = {"loss": loss.detach(), **terms, "grad_norm": norm}
         self._check_finite(step, terms)
+        if self.config.optimizer.clip is not None:
+            clip_grads_with_norm_(parameters, self.config.optimizer.clip, norm)
         self.optimizer.step()
         if self.world.size > 1:
             average_buffers(self.student.backbone)

@@ -226,9 +226,16 @@ def check_free(output: Path) -> None:
 
 
 def begin_run(config: TrainConfig, report: WeightsReport | None) -> None:
-    """Make the run's folder and write down what it starts from."""
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_json(config.output / "config.json", config.model_dump(mode="json"))
+    """Make the run's folder and write down what it starts from.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+        write_json(config.output / "config.json", config.model_dump(mode="json"))
+    except OSError as error:
+        raise ConfigError(f"output {config.output}: cannot be made: {error.strerror}") from error
     if report is None:
         log.info("the backbone starts from random weights")
     else:

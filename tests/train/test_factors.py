@@ -40,7 +40,13 @@ def schema() -> Schema:
         "defect": pa.array(["no", "yes", "no", "no"]),
         "site": pa.array([1.0, 1.0, 1.0, 1.0]),
     }
-    return freeze(declaration, raw, pa.array(["adapt"] * 4), None)
+    return freeze(
+        declaration,
+        raw,
+        splits=pa.array(["adapt"] * 4),
+        fresh=pa.array([True] * 4),
+        previous=None,
+    )
 
 
 def build(schema: Schema, **overrides: dict[str, Any]) -> dict[str, Categorical | Continuous]:

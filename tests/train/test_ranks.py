@@ -1,5 +1,6 @@
 """Several processes are one batch: a run under torchrun equals the run of one process."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,12 @@ def test_two_ranks_equal_one_and_may_continue_each_others_runs(
     for row, other in zip(rows(alone.output), rows(together.output), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+    shutil.rmtree(path_of(together.output, STEPS))
+    train(together, resume=True)  # alone, from the two ranks' step 4
+    found = tensors(path_of(together.output, STEPS))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
 def test_a_batch_that_the_ranks_cannot_share(shards: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Whole runs on real shards: results, exact resuming, and every way in which they must stop."""
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -216,6 +218,80 @@ def test_ctrl_c_exits_130_and_says_how_to_resume(
     assert differing(path_of(tmp_path / "run", STEPS), path_of(whole_run, STEPS)) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "present", "absent"),
+    [
+        ({"precision": "bf16"}, {"contrastive"}, set()),
+        ({"teacher": None, "projector": None, "loader": "torch"}, {"contrastive"}, set()),
+        ({"contrastive": None, "optimizer": {"clip": None}}, {"camera"}, {"contrastive"}),
+        (
+            {"contrastive": {"two_tower": True}, "ramp": {"kind": "constant"}},
+            {"contrastive"},
+            set(),
+        ),
+        (
+            {"views": {"size": 48, "count": 1, "local_size": 32, "local_count": 2}},
+            {"contrastive"},
+            set(),
+        ),
+        (
+            {"factors": {"defect": {"role": "suppress"}, "camera": {"role": "ignore"}}},
+            {"defect", "defect/accuracy"},
+            {"camera", "camera/accuracy"},
+        ),
+    ],
+)
+def test_what_can_be_switched(
+    shards: Path, tmp_path: Path, changes: dict[str, Any], present: set[str], absent: set[str]
+) -> None:
+    result = train(run_config(shards, tmp_path / "run", epochs=1, **changes))
+    found = rows(tmp_path / "run")
+    assert len(found) == result.steps
+    assert present <= found[-1].keys()
+    assert not absent & found[-1].keys()
+
+
+def test_images_of_five_channels_take_weights_of_three(
+    five_channel_shards: Path, tmp_path: Path
+) -> None:
+    save_file(build_backbone("test_vit", image_size=32).state_dict(), tmp_path / "w.safetensors")
+    backbone = {"name": "test_vit", "weights": tmp_path / "w.safetensors"}
+    result = train(run_config(five_channel_shards, tmp_path / "run", backbone=backbone, epochs=1))
+    report = json.loads((tmp_path / "run" / "weights.json").read_text())
+    assert report["adapted"] == ["patch_embed.proj.weight"]
+    trained, views = load_backbone(result.checkpoint)
+    assert trained.patch_embed.proj.weight.shape[1] == 5
+    assert len(views.mean) == len(views.std) == 1
+
+
+def test_views_are_normalised_as_the_backbone_expects(shards: Path, tmp_path: Path) -> None:
+    train(run_config(shards, tmp_path / "a", backbone={"name": "test_efficientnet"}, epochs=1))
+    assert load_backbone(tmp_path / "a")[1].mean == [0.485, 0.456, 0.406]
+    own = {"size": 32, "mean": [0.1], "std": [0.9]}
+    train(run_config(shards, tmp_path / "b", views=own, epochs=1))
+    assert load_backbone(tmp_path / "b")[1].mean == [0.1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_is_for_terminals(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    for screen, name in ((Terminal(), "shown"), (io.StringIO(), "piped")):
+        monkeypatch.setattr(sys, "stderr", screen)
+        train(run_config(shards, tmp_path / name, epochs=1))
+        last = screen.getvalue().split("\r")[-1]
+        if name == "shown":
+            pattern = r"3/3 \[\d\d:\d\d<\d\d:\d\d,.*step/?s.*loss .*images/s, \d+% waiting for data"
+            assert re.search(pattern, last.replace("s/step", "step/s")), last
+        else:
+            assert last == ""
+
+
 def test_weights_reach_the_model_and_the_report_is_kept(
     shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -308,6 +384,9 @@ def test_a_damaged_checkpoint_is_named(shards: Path, started_run: Path, name: st
         ({"batch_size": 1000}, "1000"),
         ({"device": "cuda:7"}, "'cuda:7'"),
         ({"device": "abacus"}, "'abacus'"),
+        ({"backend": "triton"}, "backend='triton' serves cuda"),
+        ({"views": {"size": 32, "count": 1}}, r"needs views\.count ≥ 2"),
+        ({"views": {"size": 32, "mean": [0.1, 0.2]}}, r"views\.mean has 2 values"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(
@@ -316,6 +395,11 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
     with pytest.raises(FinoError, match=message):
         train(run_config(shards, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_cannot_be_made(shards: Path) -> None:
+    with pytest.raises(ConfigError, match="output /proc/run: cannot be made"):
+        train(run_config(shards, Path("/proc/run")))
 
 
 def test_an_exploding_run_names_step_and_term(shards: Path, tmp_path: Path) -> None:
