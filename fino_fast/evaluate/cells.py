@@ -182,7 +182,9 @@ def write_lab(cells: Cells, shots: list[Shot], seed: int, folder: Path) -> None:
         rng = np.random.default_rng([seed, 1, number])
         picture = shot.true_camera.image(cells.scenes[shot.cell], shot.true_exposure, rng)
         Image.fromarray(picture).save(images / shot.file, compress_level=1)
-    columns = [f.name for f in fields(Shot) if f.name not in ("cell", "true_camera", "true_exposure")]
+    columns = [
+        f.name for f in fields(Shot) if f.name not in ("cell", "true_camera", "true_exposure")
+    ]
     with (folder / "cells.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(columns)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.files import committed
 from ..errors import DataError, MissingExtraError
 
 BACKBONE = "tf_efficientnet_lite0"
@@ -25,7 +26,12 @@ ENDS = {
     "_bn1": "bn2",
     "_fc": "classifier",
 }
-PLAIN_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+PLAIN_BLOCK = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}
 EXPANDING_BLOCK = {
     "_expand_conv": "conv_pw",
     "_bn0": "bn1",
@@ -69,7 +75,9 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             else:
                 parts[0] = ENDS[parts[0]]
         except (KeyError, IndexError, ValueError) as error:
-            raise DataError(f"pretrained weights: {key!r} is no key of EfficientNet-Lite0") from error
+            raise DataError(
+                f"pretrained weights: {key!r} is no key of EfficientNet-Lite0"
+            ) from error
         converted[".".join(parts)] = value
     return converted
 
@@ -90,7 +98,7 @@ def write_weights(target: Path, source: Path | None = None) -> Path:
     """
     try:
         import timm
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as error:
         raise MissingExtraError("timm", "demo") from error
 
@@ -105,5 +113,6 @@ def write_weights(target: Path, source: Path | None = None) -> Path:
             f"pretrained weights: {len(set(wrong))} keys differ from {BACKBONE} in presence or "
             f"shape: {', '.join(sorted(set(wrong))[:8])}"
         )
-    save_file({key: value.contiguous() for key, value in state.items()}, target)
+    with committed(target) as file:
+        file.write(save({key: value.contiguous() for key, value in state.items()}))
     return target

@@ -2,7 +2,9 @@
 
 The protocol is the usual one of representation learning: the backbone stays as it is, the features
 are standardised by the training rows' mean and deviation, and a linear model with an L2 penalty is
-fitted. The penalty is chosen by cross-validation inside the training rows; no test row is seen
+fitted. Standardised values are clipped to ±`CLIP`: a unit that hardly ever fired among the training
+rows has next to no deviation, and one test image in which it does would otherwise outweigh all
+other units together. The penalty is chosen by cross-validation inside the training rows; no test row is seen
 before the score. Classes weigh the same whatever their size, and the score is the balanced
 accuracy, the mean of the classes' recalls, so a rare class counts and chance is 1/classes.
 """
@@ -17,19 +19,20 @@ from numpy.typing import NDArray
 from ..errors import DataError, MissingExtraError
 
 try:
-    from sklearn.linear_model import LogisticRegressionCV, RidgeCV
+    from sklearn.linear_model import LogisticRegression, RidgeCV
     from sklearn.metrics import balanced_accuracy_score, r2_score
-    from sklearn.model_selection import StratifiedKFold
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
     from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
 except ImportError as error:
     raise MissingExtraError("scikit-learn", "evaluate") from error
 
 Features = NDArray[Any]
 Labels = NDArray[Any]
 
-INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # scikit-learn's C
+INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2)  # scikit-learn's C
 RIDGE_PENALTIES = tuple(10.0**k for k in range(-1, 7))
+CLIP = 5.0  # standard deviations
 FOLDS = 3
 MAX_ITERATIONS = 2000
 
@@ -90,20 +93,15 @@ def fit_classifier(
     if counts.min() < FOLDS:
         rare = classes[counts < FOLDS].tolist()
         raise DataError(f"training labels: {rare} have fewer than {FOLDS} rows; merge or drop them")
-    pipeline = make_pipeline(
-        StandardScaler(),
-        LogisticRegressionCV(
-            Cs=INVERSE_PENALTIES,
-            cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed),
-            scoring="balanced_accuracy",
-            class_weight="balanced",
-            max_iter=MAX_ITERATIONS,
-            l1_ratios=(0.0,),
-            use_legacy_attributes=False,
-        ),
+    search = GridSearchCV(
+        standardised(LogisticRegression(class_weight="balanced", max_iter=MAX_ITERATIONS)),
+        {"logisticregression__C": INVERSE_PENALTIES},
+        scoring="balanced_accuracy",
+        cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed),
     )
-    pipeline.fit(check_features(features, "training features"), names)
-    return Classifier(classes.tolist(), float(pipeline[-1].C_), len(names), pipeline)
+    search.fit(check_features(features, "training features"), names)
+    chosen = float(search.best_params_["logisticregression__C"])
+    return Classifier(classes.tolist(), chosen, len(names), search.best_estimator_)
 
 
 @dataclass(frozen=True)
@@ -142,9 +140,15 @@ def fit_regressor(features: Features, values: NDArray[Any]) -> Regressor:
         DataError: as for `Regressor.r2`.
     """
     truth = check_values(features, values, "training values")
-    pipeline = make_pipeline(StandardScaler(), RidgeCV(alphas=RIDGE_PENALTIES))
+    pipeline = standardised(RidgeCV(alphas=RIDGE_PENALTIES))
     pipeline.fit(check_features(features, "training features"), truth)
     return Regressor(float(pipeline[-1].alpha_), len(truth), pipeline)
+
+
+def standardised(model: Any) -> Any:
+    """`model` behind the standardisation of its features."""
+    clip = FunctionTransformer(np.clip, kw_args={"a_min": -CLIP, "a_max": CLIP})
+    return make_pipeline(StandardScaler(), clip, model)
 
 
 def check_features(features: Features, what: str) -> Features:

@@ -55,7 +55,9 @@ def test_noise_has_the_declared_deviation(rng: np.random.Generator) -> None:
 def test_blur_scales_with_the_image(rng: np.random.Generator) -> None:
     light = rng.random((200, 200), dtype=np.float32)
     picture = camera(blur=0.01).image(light, 1.0, rng)
-    np.testing.assert_allclose(picture / 255, gaussian_filter(light, 2.0, mode="nearest"), atol=3e-3)
+    np.testing.assert_allclose(
+        picture / 255, gaussian_filter(light, 2.0, mode="nearest"), atol=3e-3
+    )
 
 
 def test_cameras_fill_their_ranges_and_never_share_a_value() -> None:

@@ -43,7 +43,9 @@ def photographs() -> Tensor:
         Image.fromarray(image).crop((107, 0, 533, 427)).resize((224, 224), Image.Resampling.BICUBIC)
         for image in load_sample_images().images
     ]
-    pixels = torch.stack([torch.frombuffer(bytearray(c.tobytes()), dtype=torch.uint8) for c in crops])
+    pixels = torch.stack(
+        [torch.frombuffer(bytearray(c.tobytes()), dtype=torch.uint8) for c in crops]
+    )
     images = pixels.view(2, 224, 224, 3).permute(0, 3, 1, 2) / 255
     return (images - MEAN) / STD
 
