@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from fino_fast.errors import DataError, MissingExtraError
 
-from .images import ImageRejected, decode
-from .pipeline import PixelForm
+from .pipeline import PixelForm, decode_sample
 from .shardset import ShardSet
 from .torch_pipeline import self_normalized
 from .views import Draws, Views, affine
@@ -143,9 +142,9 @@ class DaliPipeline:
         """DALI does not say which sample broke a batch: find it."""
         for row, payload in zip(rows, payloads, strict=True):
             try:
-                decode(payload, self._shards.extension(row))
-            except ImageRejected as rejection:
-                return DataError(f"{self._shards.describe(row)}: {rejection.detail}")
+                decode_sample(self._shards, row, payload)
+            except DataError as fault:
+                return fault
         return DataError(f"{self._shards.folder}: DALI failed on a batch of sound images: {error}")
 
     def _build(self) -> Any:

@@ -7,6 +7,7 @@ rejected with a code; nothing is rounded, clipped or flattened on the way.
 
 import io
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -203,21 +204,24 @@ def _prepare_png(data: bytes, limits: ImagesDeclaration, check: bool) -> Stored:
 
 
 def _png_chunks(data: bytes) -> set[bytes]:
-    """Names of the chunks before the pixels (and of eXIf, which may follow them).
+    """Names of all chunks, whose checksums are compared: PIL does not for those with pixels.
 
     Raises:
-        ImageRejected: the chunks do not fit into the file.
+        ImageRejected: the file is cut off, or a checksum differs.
     """
     names: set[bytes] = set()
+    view = memoryview(data)
     place = 8
     while place + 12 <= len(data):
         (length,) = struct.unpack(">I", data[place : place + 4])
-        name = data[place + 4 : place + 8]
+        name, end = data[place + 4 : place + 8], place + length + 8
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(view[place + 4 : end]) != int.from_bytes(data[end : end + 4]):
+            raise ImageRejected("decode_failed", f"the checksum of PNG chunk {name!r} differs")
         names.add(name)
-        place += length + 12
+        place = end + 4
         if name == b"IEND":
-            if place > len(data):
-                break
             return names
     raise ImageRejected("decode_failed", "the PNG is cut off before its end chunk")
 

@@ -1,9 +1,9 @@
 """`index-*.npy`: 32 bytes a sample, memory-mapped and so shared by all processes of a machine."""
 
+import io
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from fino_fast.errors import DataError
@@ -31,6 +31,16 @@ FORMS = [("jpg", "uint8"), ("png", "uint8"), ("png", "uint16")] + [
 Index = NDArray[np.void]
 
 
+def index_header(samples: int) -> bytes:
+    """The npy header of an index of `samples` records."""
+    buffer = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(RECORD)
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": descr, "fortran_order": False, "shape": (samples,)}
+    )
+    return buffer.getvalue()
+
+
 def read_index(path: Path, samples: int, shard_sizes: list[int], splits: int) -> Index:
     """Memory-map an index and check that every record stays inside its shard.
 
@@ -43,14 +53,17 @@ def read_index(path: Path, samples: int, shard_sizes: list[int], splits: int) ->
     Raises:
         DataError: the file is missing or damaged.
     """
+    # The header is known to the byte: it is compared and never parsed.
+    header = index_header(samples)
     try:
-        index = open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
-        raise DataError(f"{path}: cannot be read as an index: {error}") from error
-    if index.dtype != RECORD or index.shape != (samples,):
-        raise DataError(
-            f"{path}: is damaged: {index.shape} records of {index.dtype}, expected {samples}"
-        )
+        with path.open("rb") as file:
+            whole = file.read(len(header)) == header
+        whole = whole and path.stat().st_size == len(header) + samples * RECORD.itemsize
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if not whole:
+        raise DataError(f"{path}: is damaged: it is no index of {samples} records")
+    index = np.memmap(path, dtype=RECORD, mode="r", offset=len(header), shape=(samples,))
     sizes = np.array([*shard_sizes, 0], dtype=np.uint64)
     chunk = 1 << 20
     for start in range(0, samples, chunk):

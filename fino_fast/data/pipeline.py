@@ -9,6 +9,7 @@ import torch
 
 from fino_fast.errors import DataError
 
+from .images import ImageRejected, Pixels, decode
 from .index import FORMS
 from .shardset import ShardSet
 from .views import Draws, Views
@@ -64,6 +65,23 @@ def pixel_form(shards: ShardSet, rows: np.ndarray, views: Views) -> PixelForm:
     }[dtype]
     views.per_channel(wanted)
     return PixelForm(dtype, stored, wanted, white)
+
+
+def decode_sample(shards: ShardSet, row: int, payload: bytes) -> Pixels:
+    """Pixels [H, W, C] of a sample, of the shape that the index has.
+
+    Raises:
+        DataError: the bytes do not decode to that; the message names id, shard and offset.
+    """
+    try:
+        pixels = decode(payload, shards.extension(row))
+    except ImageRejected as rejection:
+        raise DataError(f"{shards.describe(row)}: {rejection.detail}") from rejection
+    record = shards.index[row]
+    expected = (int(record["height"]), int(record["width"]), int(record["channels"]))
+    if pixels.shape != expected:
+        raise DataError(f"{shards.describe(row)}: is {pixels.shape}, the index says {expected}")
+    return pixels
 
 
 class Pipeline(Protocol):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from fino_fast.errors import DataError
 
 from .files import committed, remove_temporaries, sha256_of, write_json
-from .index import FORMS, RECORD
+from .index import FORMS, RECORD, index_header
 from .manifest import MANIFEST, Manifest, SealedFile, SealedShard
 from .plan import FACTOR, Plan, plan_folder, planned_ids
 from .schema import Schema
@@ -102,14 +102,7 @@ def _write_index(path: Path, out: Path, receipts: list[Receipt], schema: Schema)
     numbers = ["offset", "size", "height", "width", "channels", "crc32"]
     splits = pa.array(schema.splits, pa.string())
     with committed(path) as file:
-        np.lib.format.write_array_header_1_0(
-            file,
-            {
-                "descr": np.lib.format.dtype_to_descr(RECORD),
-                "fortran_order": False,
-                "shape": (samples,),
-            },
-        )
+        file.write(index_header(samples))
         for number, table in enumerate(_sidecars(out, receipts, columns + numbers)):
             table = table.filter(pc.equal(table["status"], "ok"))
             records = np.zeros(len(table), dtype=RECORD)

@@ -8,10 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fino_fast.errors import DataError
-
-from .images import ImageRejected, decode
-from .pipeline import PixelForm
+from .pipeline import PixelForm, decode_sample
 from .shardset import ShardSet
 from .views import Draws, Views, affine
 
@@ -67,10 +64,7 @@ class TorchPipeline:
                 future.cancel()
 
     def _decode(self, row: int, payload: bytes) -> np.ndarray:
-        try:
-            pixels = decode(payload, self._shards.extension(row))
-        except ImageRejected as rejection:
-            raise DataError(f"{self._shards.describe(row)}: {rejection.detail}") from rejection
+        pixels = decode_sample(self._shards, row, payload)
         if pixels.shape[2] != self._form.stored:
             return np.repeat(pixels, self._form.stored, axis=2)
         return pixels

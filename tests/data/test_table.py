@@ -47,7 +47,9 @@ def test_a_factor_may_add_its_own_marker() -> None:
     assert rows.raw["v"].to_pylist() == [None, 3.0]
 
 
-@pytest.mark.parametrize("cell", ["1,5", "inf", "-Infinity", "1e999", "12 mm", "0x10", "1_000", "٣"])
+@pytest.mark.parametrize(
+    "cell", ["1,5", "inf", "-Infinity", "1e999", "12 mm", "0x10", "1_000", "٣"]
+)
 def test_what_is_no_finite_number_is_named_with_row_and_id(cell: str) -> None:
     with pytest.raises(TooManyRejectsError) as caught:
         parse(declare(v=EXPOSURE), v=["1", cell, "2"])

@@ -1,0 +1,326 @@
+"""Ingestion: what a set holds, that reruns converge, that nothing is lost or changed silently."""
+
+import json
+import os
+import tarfile
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from fino_fast.data.engines import LocalEngine
+from fino_fast.data.ingest import Allowance, ingest
+from fino_fast.data.verify import verify
+from fino_fast.errors import ConfigError, DataError, TooManyRejectsError
+
+from .labs import Lab, Serial, pixels, png
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """Everything in a set's folder."""
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
+    }
+
+
+def test_every_sample_comes_back_by_id_with_its_bytes_and_metadata(lab: Lab) -> None:
+    report = lab.ingest()
+    assert report.manifest.samples == 24
+    assert len(report.manifest.shards) > 1
+    shards = lab.open()
+    table = {row["id"]: row for row in lab.rows}
+    assert sorted(shards.ids) == sorted(table)
+    cameras, exposures = shards.raw("camera"), shards.raw("exposure")
+    codes, vocabulary = shards.encoded("camera"), shards.schema.factors["camera"].vocabulary
+    for row, sample_id in enumerate(shards.ids):
+        source = table[sample_id]
+        assert shards.read(row) == (lab.images / source["file"]).read_bytes()
+        assert shards.splits[row] == source["split"]
+        assert cameras[row] == (source["camera"] or None)
+        assert codes[row] == (vocabulary.index(source["camera"]) if source["camera"] else -1)
+        if source["exposure"] == "NA":
+            assert np.isnan(exposures[row])
+        else:
+            assert exposures[row] == float(source["exposure"])
+    assert verify(lab.out) == []
+
+
+def adaptation_exposures(lab: Lab) -> np.ndarray:
+    cells = [row["exposure"] for row in lab.rows if row["split"] == "adapt"]
+    return np.array([float(cell) for cell in cells if cell != "NA"])
+
+
+def test_statistics_equal_numpy_on_the_adaptation_rows(lab: Lab) -> None:
+    lab.ingest()
+    factor = lab.open().schema.factors["exposure"]
+    values = adaptation_exposures(lab)
+    assert factor.mean == [pytest.approx(values.mean(), rel=1e-14)]
+    assert factor.std == [pytest.approx(values.std(), rel=1e-14)]
+    assert (factor.low, factor.high) == ([0.0], [2.0])
+    assert (factor.observed, factor.missing) == (len(values), 19 - len(values))
+
+
+def test_shards_are_plain_tars_with_metadata_beside_each_image(lab: Lab) -> None:
+    lab.ingest()
+    rows = set()
+    for path in sorted(lab.out.glob("*.tar")):
+        with tarfile.open(path, "r:") as tar:
+            members = tar.getmembers()
+            assert all((m.mtime, m.uid, m.gid, m.uname) == (0, 0, 0, "") for m in members)
+            for image, metadata in zip(members[::2], members[1::2], strict=True):
+                assert metadata.name == image.name[:12] + ".json"
+                file = tar.extractfile(metadata)
+                assert file is not None
+                sample = json.load(file)
+                assert sample["row"] == int(image.name[:12])
+                source = next(row for row in lab.rows if row["id"] == sample["id"])
+                assert sample["path"] == source["file"]
+                assert sample["metadata"]["camera"] == (source["camera"] or None)
+                rows.add(sample["row"])
+    assert rows == set(range(24))
+
+
+def test_same_bytes_from_1_2_and_7_workers(lab: Lab) -> None:
+    lab.rows.append(lab.rows[0] | {"id": "gone", "file": "gone.png"})
+    lab.save()
+    outputs = []
+    for workers in (1, 2, 7):
+        out = lab.root / f"out{workers}"
+        allowed = Allowance(count=1)
+        ingest(lab.request(out=out, max_reject=allowed), LocalEngine(workers))
+        outputs.append(content(out))
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_rerun_of_a_finished_ingest_does_nothing(lab: Lab) -> None:
+    first = lab.ingest()
+    before = {path: path.stat().st_mtime_ns for path in lab.out.glob("*.tar")}
+    again = lab.ingest()
+    assert again.shards_written == 0
+    assert again.manifest == first.manifest
+    assert before == {path: path.stat().st_mtime_ns for path in lab.out.glob("*.tar")}
+
+
+@pytest.mark.parametrize("lost", ["receipt", "sidecar", "tar", "cut tar", "garbled receipt"])
+def test_rerun_restores_what_was_lost(lab: Lab, lost: str) -> None:
+    lab.ingest()
+    whole = content(lab.out)
+    shard = sorted(lab.out.glob("*.tar"))[1]
+    match lost:
+        case "receipt":
+            shard.with_suffix(".json").unlink()
+        case "sidecar":
+            shard.with_suffix(".parquet").unlink()
+        case "tar":
+            shard.unlink()
+        case "cut tar":
+            os.truncate(shard, 1000)
+        case _:
+            shard.with_suffix(".json").write_bytes(b'{"format": 1}')
+    report = lab.ingest()
+    assert report.shards_written == 1
+    assert content(lab.out) == whole
+
+
+def test_appended_rows_are_added_and_indices_never_move(lab: Lab) -> None:
+    later = lab.rows[16:]
+    later[0]["camera"] = "a new camera"
+    lab.rows = lab.rows[:16]
+    lab.ingest()
+    before, kept = lab.open(), content(lab.out)
+    vocabulary = before.schema.factors["camera"].vocabulary
+    lab.rows += later
+    report = lab.ingest()
+    after = lab.open()
+    assert report.manifest.samples == 24
+    assert after.schema.factors["camera"].vocabulary == [*vocabulary, "a new camera"]
+    assert list(after.ids)[:16] == list(before.ids)
+    assert after.schema_hash != before.schema_hash
+    assert all(content(lab.out)[name] == kept[name] for name in kept if name.endswith(".tar"))
+    values = adaptation_exposures(lab)
+    assert after.schema.factors["exposure"].std == [pytest.approx(np.std(values), rel=1e-12)]
+    assert verify(lab.out) == []
+
+
+def test_the_former_set_stays_readable_until_the_new_one_is_sealed(lab: Lab) -> None:
+    lab.ingest()
+    manifest = lab.open().manifest_hash
+    lab.rows.append(lab.rows[0] | {"id": "bad", "file": "absent.png"})
+    with pytest.raises(TooManyRejectsError):
+        lab.ingest()
+    assert lab.open().manifest_hash == manifest
+    assert verify(lab.out) == []
+
+
+def test_a_table_that_contradicts_the_set_is_refused(lab: Lab) -> None:
+    lab.ingest()
+    lab.rows[3]["exposure"] = "1.75"
+    lab.rows[5]["camera"] = "cam 0"
+    lab.rows.append(lab.rows[0] | {"id": "new"})
+    with pytest.raises(DataError) as caught:
+        lab.ingest()
+    assert "in 2 cells" in str(caught.value)
+    assert "id 's0005': camera was 'cam 1', now 'cam 0'" in str(caught.value)
+
+
+def test_another_schema_or_column_is_refused(lab: Lab) -> None:
+    lab.ingest()
+    with pytest.raises(ConfigError, match="--path is not what the set was made with"):
+        lab.ingest(path_column="id")
+    lab.schema["factors"]["exposure"] |= {"high": 3}
+    with pytest.raises(ConfigError, match="the schema file is not what"):
+        lab.ingest()
+
+
+def damage(lab: Lab) -> dict[str, str]:
+    """Spoil some images in every way; return the code that each id must get."""
+    good = (lab.images / "0001.png").read_bytes()
+    secret = lab.root / "secret.png"
+    secret.write_bytes(good)
+    (lab.images / "link.png").symlink_to(secret)
+    (lab.images / "linked").symlink_to(lab.root, target_is_directory=True)
+    (lab.images / "inside.png").symlink_to(lab.images / "0001.png")
+    (lab.images / "folder.png").mkdir()
+    files = {
+        "cut": (good[:-30], "decode_failed"),
+        "flipped": (good[:60] + bytes([good[60] ^ 4]) + good[61:], "decode_failed"),
+        "empty": (b"", "empty_file"),
+        "html": (b"<html>not found</html>", "unknown_format"),
+    }
+    paths = {
+        "dots": ("../secret.png", "path_escape"),
+        "absolute": (str(secret), "path_escape"),
+        "link": ("link.png", "path_escape"),
+        "folder link": ("linked/secret.png", "path_escape"),
+        "absent": ("absent.png", "missing_file"),
+        "folder": ("folder.png", "not_a_file"),
+        "too long": ("x" * 300 + ".png", "missing_file"),
+    }
+    for name, (data, _) in files.items():
+        (lab.images / f"{name}.png").write_bytes(data)
+        lab.rows.append(lab.rows[0] | {"id": name, "file": f"{name}.png"})
+    for name, (path, _) in paths.items():
+        lab.rows.append(lab.rows[0] | {"id": name, "file": path})
+    lab.rows.append(lab.rows[0] | {"id": "inner link", "file": "inside.png"})
+    return {name: code for name, (_, code) in (files | paths).items()}
+
+
+def test_bad_images_are_rejected_with_their_code_and_their_neighbours_kept(lab: Lab) -> None:
+    codes = damage(lab)
+    report = lab.ingest(max_reject=Allowance(count=len(codes)))
+    rejects = pq.read_table(lab.out / "rejects.parquet").to_pylist()
+    assert {row["id"]: row["code"] for row in rejects} == codes
+    assert all(row["detail"] and row["path"] for row in rejects)
+    shards = lab.open()
+    assert set(shards.ids) == {row["id"] for row in lab.rows} - set(codes)
+    assert report.manifest.planned == report.manifest.samples + len(codes)
+    assert verify(lab.out) == []
+
+
+def test_more_rejects_than_allowed_leave_the_set_unsealed(lab: Lab) -> None:
+    codes = damage(lab)
+    with pytest.raises(TooManyRejectsError) as caught:
+        lab.ingest(max_reject=Allowance(count=len(codes) - 1))
+    assert "11 of 36 images were rejected" in str(caught.value)
+    assert caught.value.exit_code == 2
+    with pytest.raises(DataError, match="is no sealed set"):
+        lab.open()
+
+
+def test_rejects_can_be_tried_again_after_repair(lab: Lab) -> None:
+    codes = damage(lab)
+    with pytest.raises(TooManyRejectsError):
+        lab.ingest()
+    for row in lab.rows:
+        if row["id"] in codes:
+            row["file"] = "0003.png"
+    (lab.images / "cut.png").write_bytes((lab.images / "0001.png").read_bytes())
+    report = lab.ingest(retry_rejects=True)
+    assert report.rejects == {}
+    shards = lab.open()
+    assert sorted(shards.ids) == sorted(row["id"] for row in lab.rows)
+    values = adaptation_exposures(lab)
+    assert shards.schema.factors["exposure"].mean == [pytest.approx(np.mean(values), rel=1e-12)]
+    assert verify(lab.out) == []
+
+
+def test_a_file_that_changes_between_plan_and_write(lab: Lab) -> None:
+    class Meddling(Serial):
+        """Changes one image after the plan was made."""
+
+        def run(self, function: Any, tasks: Any) -> Any:
+            for name in ("0002.jpg", "0005.png"):
+                path = lab.images / name
+                stamp = path.stat().st_mtime_ns
+                path.write_bytes(png(pixels(99), "PNG" if name.endswith("png") else "JPEG"))
+                os.utime(path, ns=(stamp + 10**9, stamp + 10**9))
+            return super().run(function, tasks)
+
+    lab.save()
+    ingest(lab.request(max_reject=Allowance(count=2)), Meddling())
+    rejects = pq.read_table(lab.out / "rejects.parquet").to_pylist()
+    assert {row["path"]: row["code"] for row in rejects} == {
+        "0002.jpg": "source_changed",
+        "0005.png": "source_changed",
+    }
+
+
+NAMES = [
+    "é µ ß ø.png",
+    unicodedata.normalize("NFD", "é-nfd.png"),
+    "two  spaces .png",
+    "a.b.c..png",
+    "line\nbreak.png",
+    "IMAGE.TIFF",
+    "no extension",
+    "-dash.png",
+    "x" * 251 + ".png",
+    "sub folder/日本.png",
+    '"quoted", comma.png',
+]
+
+
+def test_names_of_every_kind_come_back_by_id(lab: Lab) -> None:
+    lab.rows = []
+    (lab.images / "sub folder").mkdir()
+    for i, name in enumerate(NAMES):
+        (lab.images / name).write_bytes(png(pixels(i)))
+        row = {"id": name, "file": name, "camera": f"c{i % 2}", "exposure": str(i / 10)}
+        lab.rows.append(row | {"hour": str(i), "defects": "a", "label": "1", "split": "adapt"})
+    lab.ingest()
+    shards = lab.open()
+    assert sorted(shards.ids) == sorted(NAMES)
+    for row, name in enumerate(shards.ids):
+        assert shards.read(row) == (lab.images / name).read_bytes()
+
+
+def test_a_missing_file_whose_other_unicode_form_exists_is_hinted_at(lab: Lab) -> None:
+    (lab.images / unicodedata.normalize("NFD", "é.png")).write_bytes(png(pixels(0)))
+    lab.rows[0]["file"] = unicodedata.normalize("NFC", "é.png")
+    with pytest.raises(TooManyRejectsError, match="NFD form"):
+        lab.ingest()
+
+
+def test_max_reject_is_a_share_or_a_number() -> None:
+    assert Allowance.parse("0.1%").of(5000) == 5
+    assert Allowance.parse("25").of(100) == 25
+    assert Allowance.parse("0").of(10**6) == 0
+    for text in ("0.5", "-1", "many", "101%", "nan%", ""):
+        with pytest.raises(ConfigError, match="max-reject"):
+            Allowance.parse(text)
+
+
+def test_no_image_at_all_or_no_row(lab: Lab) -> None:
+    lab.save()
+    with pytest.raises(ConfigError, match="no folder of images"):
+        lab.ingest(images=lab.root / "nowhere")
+    for row in lab.rows:
+        row["file"] = "absent.png"
+    with pytest.raises(DataError, match="not one image"):
+        lab.ingest(max_reject=Allowance(share=1.0))
+    lab.table.write_text("id,file,camera,exposure,hour,defects,label,split\n", encoding="utf-8")
+    with pytest.raises(DataError, match="has no rows"):
+        ingest(lab.request(out=lab.root / "other"), Serial())
