@@ -32,7 +32,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import MissingExtraError
+from fino_fast.errors import MissingExtraError
 from .cameras import EXPOSURE, Camera, draw_cameras
 
 try:
@@ -152,7 +152,7 @@ def _shots(
     cameras: list[Camera],
     rng: np.random.Generator,
 ) -> Iterator[Shot]:
-    """One shot of each cell in `rows`; every camera gets the same number of them, give or take 1."""
+    """One shot of each cell in `rows`; every camera gets the same number, give or take 1."""
     turns = rng.permutation(np.arange(len(rows)) % len(cameras))
     for row, turn in zip(rows.tolist(), turns.tolist(), strict=True):
         camera, exposure = cameras[turn], round(float(rng.uniform(*EXPOSURE)), 4)

@@ -39,7 +39,7 @@ class Embed(CommandModel):
     """Local checkpoint file of --backbone."""
     views: Path | None = None
     """YAML file with the keys of fino_fast.data.Views (size, mean, std, …) for --backbone."""
-    splits: list[str] = []
+    splits: list[str] = Field(default_factory=list)
     """Splits to embed; all when left out."""
     batch_size: int = Field(default=64, ge=1)
     """Images a step."""
@@ -94,13 +94,13 @@ class Evaluate(CommandModel):
     """Folder of `fino-fast embed`."""
     out: Path
     """Folder of the results; it must not exist yet."""
-    target: list[str] = []
+    target: list[str] = Field(default_factory=list)
     """Factors that should be read well: labels, and what was to be preserved."""
-    nuisance: list[str] = []
+    nuisance: list[str] = Field(default_factory=list)
     """Factors that should not be readable; those of role suppress when left out."""
     train: str | None = None
     """Split that the probes learn from; the adaptation split when left out."""
-    test: list[str] = []
+    test: list[str] = Field(default_factory=list)
     """Splits they are scored on; all others when left out."""
     seed: int = Field(default=0, ge=0)
     """Of the probes' cross-validation."""

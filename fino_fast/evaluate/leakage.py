@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError
+from fino_fast.errors import DataError
 from .probes import Features, fit_classifier, fit_regressor
 
 BALANCED_ACCURACY, R2 = "balanced accuracy", "R²"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MissingExtraError
+from fino_fast.errors import MissingExtraError
 from .leakage import R2, Readout
 
 try:

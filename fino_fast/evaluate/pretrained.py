@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.files import committed
-from ..errors import DataError, MissingExtraError
+from fino_fast.data.files import committed
+from fino_fast.errors import DataError, MissingExtraError
 
 BACKBONE = "tf_efficientnet_lite0"
 MEAN, STD = 0.5, 0.5

@@ -4,9 +4,9 @@ The protocol is the usual one of representation learning: the backbone stays as 
 are standardised by the training rows' mean and deviation, and a linear model with an L2 penalty is
 fitted. Standardised values are clipped to ±`CLIP`: a unit that hardly ever fired among the training
 rows has next to no deviation, and one test image in which it does would otherwise outweigh all
-other units together. The penalty is chosen by cross-validation inside the training rows; no test row is seen
-before the score. Classes weigh the same whatever their size, and the score is the balanced
-accuracy, the mean of the classes' recalls, so a rare class counts and chance is 1/classes.
+other units together. The penalty is chosen by cross-validation inside the training rows; no test
+row is seen before the score. Classes weigh the same whatever their size, and the score is the
+balanced accuracy, the mean of the classes' recalls: a rare class counts, and chance is 1/classes.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError, MissingExtraError
+from fino_fast.errors import DataError, MissingExtraError
 
 try:
     from sklearn.linear_model import LogisticRegression, RidgeCV
