@@ -83,7 +83,10 @@ class Camera:
         signal = exposure * self.gain * self._falloff(height, width) * light
         spread = np.sqrt(self.read_noise**2 + self.shot_noise**2 * signal)
         noisy = signal + spread * rng.standard_normal(scene.shape, dtype=np.float32)
-        return np.rint(255 * np.clip(noisy, 0, 1) ** self.gamma).astype(np.uint8)
+        levels: NDArray[np.uint8] = np.rint(255 * np.clip(noisy, 0, 1) ** self.gamma).astype(
+            np.uint8
+        )
+        return levels
 
     def _falloff(self, height: int, width: int) -> Plane:
         y = (np.arange(height, dtype=np.float32) + 0.5) / height - self.centre_y

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fino_fast.errors import MissingExtraError
+
 from .cameras import EXPOSURE, Camera, draw_cameras
 
 try:
@@ -102,7 +103,7 @@ def load_cells() -> Cells:
     scenes = [np.asarray(Image.fromarray(i).resize(size, Image.Resampling.BOX)) for i in images]
     return Cells(
         ids=[f"cell{number:04d}" for number in range(1, len(images) + 1)],
-        scenes=np.stack(scenes).astype(np.float32) / 255,
+        scenes=np.stack(scenes).astype(np.float32) / np.float32(255),
         defective=probability > DEFECT_ABOVE,
         module_type=module_type,
     )

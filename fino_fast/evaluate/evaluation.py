@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fino_fast.errors import ConfigError
+
 from .embed import EmbeddingSet
 from .leakage import Readout, read_names, read_numbers
 from .plots import readout_bars

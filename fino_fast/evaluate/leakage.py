@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fino_fast.errors import DataError
+
 from .probes import Features, fit_classifier, fit_regressor
 
 BALANCED_ACCURACY, R2 = "balanced accuracy", "R²"

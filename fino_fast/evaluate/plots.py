@@ -1,11 +1,13 @@
 """The figures of the reports."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fino_fast.errors import MissingExtraError
+
 from .leakage import R2, Readout
 
 try:
@@ -39,7 +41,7 @@ def readout_bars(
         scores = [readout.score for readout in readouts]
         axis.bar(places, scores, width=0.6, color=BLUE)
         for place, readout in zip(places, readouts, strict=True):
-            label_bar(axis, place, readout.score)
+            label_bar(axis, float(place), readout.score)
             chance_line(axis, place - 0.4, place + 0.4, readout.chance)
         units = ["R²" if readout.metric == R2 else "bal. acc." for readout in readouts]
         axis.set_xticks(
@@ -47,10 +49,11 @@ def readout_bars(
             [f"{r.factor}\n{r.split}\n({unit})" for r, unit in zip(readouts, units, strict=True)],
         )
         axis.set_title(title, fontsize=10)
-        axis.set_xlim(-0.6, max(counts[0], len(readouts)) - 0.4 if len(panels) == 1 else None)
+        axis.set_xlim(-0.6, len(readouts) - 0.4)
         finish(axis)
     axes[0].set_ylabel("score of a linear probe")
-    axes[0].set_ylim(min(0, *(r.score for _, rs in panels for r in rs), 0) * 1.1, 1.08)
+    lowest = min(0.0, *(r.score for _, readouts in panels for r in readouts), 0.0)
+    axes[0].set_ylim(lowest - 0.1 * (lowest < 0), 1.15)
     axes[-1].legend(loc="upper right", fontsize=8, frameon=False)
     return figure
 
@@ -73,7 +76,7 @@ def arms_figure(
     """
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    places = np.arange(len(arms))
+    places = np.arange(len(arms), dtype=np.float64)
     for shift, (domain, colour) in zip(
         (-0.5, 0.5), (("in domain", BLUE), ("out of domain", ORANGE)), strict=True
     ):
@@ -90,6 +93,7 @@ def arms_figure(
         axis.set_ylim(0, 1.0)
         finish(axis)
     left.set_ylim(0.4, 1.0)
+    right.set_ylim(0, 1.15)  # room for the legend above bars that may reach 1
     left.legend(loc="upper right", fontsize=8, frameon=False, ncols=3)
     right.legend(loc="upper right", fontsize=8, frameon=False)
     figure.suptitle(subtitle, fontsize=10, color=GREY)
@@ -120,7 +124,7 @@ def camera_sheet(rows: Sequence[tuple[str, NDArray[np.uint8]]], columns: Sequenc
 
 def seed_bars(
     axis: Axes,
-    places: NDArray[np.float64],
+    places: NDArray[np.floating[Any]],
     values: Sequence[Sequence[float]],
     colour: str,
     label: str | None,
