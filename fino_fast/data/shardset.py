@@ -129,7 +129,8 @@ class ShardSet:
         Raises:
             DataError: the set has no such factor, or its table is damaged.
         """
-        return self.schema.factors[name].encode(self._factor(name))
+        raw = self._factor(name)
+        return self.schema.factors[name].encode(raw)
 
     def raw(self, name: str) -> list[str | None] | list[list[str] | None] | NDArray[np.float64]:
         """One factor's values for all samples, as they stand in the table.

@@ -1,0 +1,282 @@
+"""Killed workers and drivers, full disks, rivals: the fault is real, the end whole or resumable."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fino_fast.data import ShardSet
+from fino_fast.data.engines import LocalEngine
+from fino_fast.data.files import TEMPORARY, committed
+from fino_fast.data.ingest import ingest
+from fino_fast.data.verify import verify
+from fino_fast.data.write import write_shard
+from fino_fast.errors import DataError
+
+from .labs import Lab, Serial, make_lab
+from .test_ingest import content
+
+
+def command(lab: Lab, *extra: str) -> list[str]:
+    program = [sys.executable, "-m", "fino_fast.cli", "ingest"]
+    return [*program, *lab.arguments(), "--workers", "2", *extra]
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, dict[str, bytes]]:
+    """A lab of 40 images and what an undisturbed ingest of it gives."""
+    lab = make_lab(tmp_path_factory.mktemp("clean") / "lab", 40)
+    lab.save()
+    out = lab.root / "undisturbed"
+    ingest(lab.request(out=out), Serial())
+    return lab, content(out)
+
+
+class KillOnce:
+    """A task that kills its own worker the first time it is run."""
+
+    def __init__(self, flag: Path, victim: str) -> None:
+        self.flag, self.victim = flag, victim
+
+    def __call__(self, task: Any) -> Any:
+        if task.name == self.victim and not self.flag.exists():
+            self.flag.touch()
+            # In the middle of a shard: a temporary file is open and partly written.
+            with committed(task.out / f"{task.name}.tar") as file:
+                file.write(b"half a shard")
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return write_shard(task)
+
+
+class KillAlways:
+    """A task that kills every worker."""
+
+    def __call__(self, task: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Replaced:
+    """The local engine with another task function."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.engine = LocalEngine(2)
+
+    def run(self, function: Any, tasks: Sequence[Any]) -> Iterator[Any]:
+        return self.engine.run(self.function, tasks)
+
+
+def test_a_killed_worker_costs_nothing(clean: tuple[Lab, dict[str, bytes]], tmp_path: Path) -> None:
+    lab, expected = clean
+    flag = tmp_path / "killed"
+    ingest(lab.request(out=tmp_path / "out"), Replaced(KillOnce(flag, "shard-0000-000001")))
+    assert flag.exists()
+    assert content(tmp_path / "out") == expected
+
+
+def test_a_task_that_keeps_killing_workers_is_named(
+    clean: tuple[Lab, dict[str, bytes]], tmp_path: Path
+) -> None:
+    lab, expected = clean
+    request = lab.request(out=tmp_path / "out")
+    with pytest.raises(DataError, match=r"workers died 3 times while writing shard-0000-0"):
+        ingest(request, Replaced(KillAlways()))
+    with pytest.raises(DataError, match="no sealed set"):
+        ShardSet.open(tmp_path / "out")
+    ingest(request, Serial())
+    assert content(tmp_path / "out") == expected
+
+
+# Where the driver is killed: before and after every rename, counted over the whole ingest.
+KILL_AT = """
+import os, pathlib, signal, sys
+from fino_fast.data import ingest as module
+from tests.data.labs import Lab, SCHEMA, Serial
+root, out, step = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
+count = 0
+replace = pathlib.Path.replace
+def killing(self, target):
+    global count
+    for action in (lambda: None, lambda: replace(self, target)):
+        action()
+        count += 1
+        if count == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+pathlib.Path.replace = killing
+module.ingest(Lab(root, SCHEMA).request(out=out), Serial())
+print(count)
+"""
+
+
+def run_until(lab: Lab, out: Path, step: int) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-c", KILL_AT, str(lab.root), str(out), str(step)]
+    project = Path(__file__).parents[2]
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=project)
+
+
+def test_a_driver_killed_at_every_commit_step(
+    clean: tuple[Lab, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """No reader sees a partial set at any step, and the next run ends as an undisturbed one."""
+    lab, expected = clean
+    done = run_until(lab, tmp_path / "count", -1)
+    steps = int(done.stdout)
+    assert steps > 20
+    out = tmp_path / "out"
+    for step in range(1, steps + 1):
+        killed = run_until(lab, out, step)
+        if killed.returncode == 0:
+            break
+        assert killed.returncode == -signal.SIGKILL
+        for tar in out.glob("*.tar"):
+            assert tar.read_bytes() == expected[tar.name]
+        if (out / "MANIFEST.json").exists():
+            assert verify(out) == []
+        else:
+            with pytest.raises(DataError, match="no sealed set"):
+                ShardSet.open(out)
+    # Steps count anew in each run, and each run starts where the last one ended: all were met.
+    ingest(lab.request(out=out), Serial())
+    assert content(out) == expected
+    assert not list(out.rglob(f"{TEMPORARY}*"))
+
+
+def test_a_killed_driver_takes_its_workers_along(lab: Lab, tmp_path: Path) -> None:
+    """SIGKILL to the real command while its workers write; no orphan goes on, a rerun ends well."""
+    lab.save()
+    slow = subprocess.Popen(command(lab), env=os.environ | {"PYTHONPATH": slowed(tmp_path)})
+    process = psutil.Process(slow.pid)
+    wait_for(lambda: list(lab.out.glob(f"{TEMPORARY}*.tar.*")))
+    workers = process.children(recursive=True)
+    assert workers
+    slow.kill()
+    slow.wait()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    assert subprocess.run(command(lab), capture_output=True, check=False).returncode == 0
+    assert verify(lab.out) == []
+    assert not list(lab.out.glob(f"{TEMPORARY}*"))
+
+
+def test_ctrl_c_leaves_a_state_that_resumes(lab: Lab, tmp_path: Path) -> None:
+    lab.save()
+    slow = subprocess.Popen(
+        command(lab),
+        env=os.environ | {"PYTHONPATH": slowed(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: list(lab.out.glob(f"{TEMPORARY}*.tar.*")))
+    slow.send_signal(signal.SIGINT)
+    _, message = slow.communicate(timeout=60)
+    assert slow.returncode == 130
+    assert "interrupted" in message
+    assert "Traceback" not in message
+    assert subprocess.run(command(lab), capture_output=True, check=False).returncode == 0
+    assert verify(lab.out) == []
+
+
+def slowed(folder: Path) -> str:
+    """A folder for PYTHONPATH in which every process reads source files slowly."""
+    (folder / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'fino_fast.data.write':\n"
+        "            import fino_fast.data.sources as sources\n"
+        "            read = sources.Root.read\n"
+        "            def slow(*args):\n"
+        "                time.sleep(0.3)\n"
+        "                return read(*args)\n"
+        "            sources.Root.read = slow\n"
+        "sys.meta_path.insert(0, Finder())\n",
+        encoding="utf-8",
+    )
+    return str(folder)
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_full_disk_ends_with_code_3_and_a_rerun_completes(
+    clean: tuple[Lab, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """A file-size limit stops the writing of a shard in the middle, as a full disk does."""
+    lab, expected = clean
+    out = tmp_path / "out"
+    arguments = command(lab, "--out", str(out))
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (25_000, 25_000))
+
+    full = subprocess.run(
+        arguments, capture_output=True, text=True, check=False, preexec_fn=limited
+    )
+    assert full.returncode == 3
+    assert "no room left" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not (out / "MANIFEST.json").exists()
+    assert subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+    assert content(out) == expected
+
+
+def test_a_full_disk_while_sealing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.ingest()
+    (lab.out / "MANIFEST.json").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        with pytest.raises(DiskFullError, match="no room left"):
+            lab.ingest()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    lab.ingest()
+    assert verify(lab.out) == []
+
+
+def test_a_second_driver_is_refused_and_a_dead_one_leaves_no_lock(lab: Lab) -> None:
+    class Rival(Serial):
+        """Tries to ingest into the same set while the first driver writes."""
+
+        def run(self, function: Any, tasks: Sequence[Any]) -> Iterator[Any]:
+            with pytest.raises(DataError, match="another ingest is writing"):
+                ingest(lab.request(), Serial())
+            return super().run(function, tasks)
+
+    lab.save()
+    ingest(lab.request(), Rival())
+    assert (lab.out / LOCK).exists()
+    assert ingest(lab.request(), Serial()).shards_written == 0
+
+
+def test_exit_codes_and_silence_in_a_pipe(lab: Lab) -> None:
+    lab.save()
+    done = subprocess.run(command(lab), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "24 samples in 2 shards" in done.stdout
+    checker = [sys.executable, "-m", "fino_fast.cli", "verify", str(lab.out)]
+    done = subprocess.run(checker, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "are sound" in done.stdout
+    os.truncate(next(iter(lab.out.glob("*.tar"))), 1000)
+    done = subprocess.run(checker, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "shard-0000-00000" in done.stderr
+    lab.rows[0]["file"] = "absent.png"
+    lab.save()
+    done = subprocess.run(
+        command(lab, "--out", str(lab.root / "other")), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "id 's0000', 'absent.png': missing_file" in done.stderr
+    assert not (lab.root / "other" / "MANIFEST.json").exists()
