@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,9 +63,8 @@ class Learner:
         self.student.freeze_backbone(frozen)
         self._parallel = self.student
         if self.world.size > 1 and any(p.requires_grad for p in self.student.parameters()):
-            # Built again at the unfreezing, because DDP looks at requires_grad only once. Buffers
-            # are not broadcast: the banks are equal on all ranks already, and may be large.
-            self._parallel = DistributedDataParallel(self.student, broadcast_buffers=False)
+            # Again at the unfreezing, because DDP looks at requires_grad only once.
+            self._parallel = distribute(self.student)
 
     def step(
         self, step: int, views: Sequence[Tensor], metadata: Mapping[str, Tensor]
@@ -129,6 +130,17 @@ class Learner:
             f"step {step + 1}: not finite: {', '.join(wrong)}{where}. The weights are those from "
             "before this step. Try a smaller optimizer.lr, or precision: fp32"
         )
+
+
+def distribute(student: Student) -> DistributedDataParallel:
+    """The student with its gradients averaged over the ranks.
+
+    Buffers are not sent before each forward pass: the banks are equal on all ranks already, and may
+    be large.
+    """
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(student, **options)
 
 
 def average_buffers(module: nn.Module) -> None:
