@@ -15,13 +15,15 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fino_fast.config import StrictModel
 from fino_fast.data import Views
 from fino_fast.data.files import TEMPORARY, committed, read_json, sync_folder, write_json
 from fino_fast.errors import ConfigError, DataError
@@ -29,26 +31,45 @@ from fino_fast.errors import ConfigError, DataError
 from .backbone import build_backbone
 from .config import TrainConfig
 
-FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+class State(StrictModel):
+    """`state.json`: what a checkpoint holds besides tensors."""
+
+    format: Literal["fino-fast checkpoint"] = "fino-fast checkpoint"
+    version: Literal[1] = 1
+    step: Annotated[int, Field(ge=0)]
+    """Number of steps done."""
+    config: dict[str, Any]
+    """The run's `TrainConfig`."""
+    loader: dict[str, Any]
+    """Position in the data, as `Loader.state` gives it."""
+    channels: Annotated[int, Field(ge=1)]
+    """Channels of the views."""
+    data_schema: dict[str, Any]
+    """The shards' `schema.json`, vocabularies included."""
+    data_schema_hash: str
+    manifest_hash: str
+    packages: dict[str, str]
+    """Versions of the packages that wrote it."""
 
 
 def save(
     run: Path,
-    step: int,
     models: nn.Module,
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
+    state: State,
     *,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step`, then drop all but the newest `keep`.
+    """Write a checkpoint, then drop all but the newest `keep`.
 
     Args:
         run: the run's folder.
-        step: number of steps done.
         models: all parameters and buffers, including the teacher's.
-        state: what else a continuation needs, as JSON.
+        optimizer: over parameters of `models`.
+        state: what else a continuation needs.
 
     Returns:
         The checkpoint's folder.
@@ -56,16 +77,16 @@ def save(
     Raises:
         DiskFullError: it does not fit; earlier checkpoints are intact.
     """
-    final = path_of(run, step)
+    final = path_of(run, state.step)
+    for leftover in final.parent.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover)
     draft = final.with_name(f"{TEMPORARY}{final.name}")
-    if draft.exists():
-        shutil.rmtree(draft)
     draft.mkdir(parents=True)
     entries = optimizer_tensors(models, optimizer)
     try:
         write_tensors(draft / MODEL, partial(safetensors.torch.save_model, models))
         write_tensors(draft / OPTIMIZER, partial(safetensors.torch.save_file, entries))
-        write_json(draft / STATE, {"format": FORMAT, "step": step, **state})
+        write_json(draft / STATE, state.model_dump(mode="json"))
     except BaseException:
         shutil.rmtree(draft)
         raise
@@ -112,17 +133,17 @@ def latest(run: Path) -> Path:
     return found[-1]
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path) -> State:
     """The JSON part of a checkpoint.
 
     Raises:
         DataError: it is missing, damaged or of another format.
     """
-    state = read_json(checkpoint / STATE)
-    if state.get("format") != FORMAT:
-        found = state.get("format")
-        raise DataError(f"{checkpoint / STATE}: format {found!r}; this version reads {FORMAT}")
-    return state
+    path = checkpoint / STATE
+    try:
+        return State.checked(read_json(path), str(path))
+    except ConfigError as error:
+        raise DataError(f"{error}; it is damaged or of another version") from error
 
 
 def restore(checkpoint: Path, models: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -171,12 +192,12 @@ def load_backbone(run: Path, *, teacher: bool = False) -> tuple[nn.Module, Views
     """
     checkpoint = latest(run)
     state = read_state(checkpoint)
-    config = TrainConfig.checked(state["config"], str(checkpoint / STATE))
+    config = TrainConfig.checked(state.config, str(checkpoint / STATE))
     if teacher and config.teacher is None:
         raise ConfigError(f"{checkpoint}: the run had no teacher")
     backbone = build_backbone(
         config.backbone.name,
-        channels=state["channels"],
+        channels=state.channels,
         image_size=config.views.size,
         options=config.backbone.options,
     )

@@ -1,8 +1,10 @@
 """`fino-fast train`."""
 
 import logging
+import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from pydantic_settings import CliPositionalArg
 
@@ -31,13 +33,20 @@ class Train(CommandModel):
         try:
             result = train(config, resume=self.resume)
         except TrainingInterrupted as stop:
-            print(
+            say(
                 f"\nstopped after step {stop.step}, checkpoint {stop.checkpoint}\n"
                 f"resume with: fino-fast train {self.config} --resume",
-                file=sys.stderr,
+                sys.stderr,
             )
             return stop.exit_code
-        print(
-            f"{result.steps} steps done\ncheckpoint {result.checkpoint}\nmetrics {result.metrics}"
+        say(
+            f"{result.steps} steps done\ncheckpoint {result.checkpoint}\nmetrics {result.metrics}",
+            sys.stdout,
         )
         return 0
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Print, on one of the ranks that torchrun started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=stream)

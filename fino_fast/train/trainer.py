@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -251,25 +250,26 @@ def restore(checkpoint: Path, learner: Learner, loader: Loader) -> int:
         DataError: the checkpoint is damaged, or the data are not the same.
     """
     state = checkpoints.read_state(checkpoint)
-    check_same(state["config"], learner.config)
-    loader.check_state(state["loader"])
+    check_same(state.config, learner.config)
+    loader.check_state(state.loader)
     checkpoints.restore(checkpoint, learner.models, learner.optimizer)
-    return int(state["step"])
+    return state.step
 
 
 def write_checkpoint(done: int, learner: Learner, loader: Loader, shards: ShardSet) -> None:
     """Write the checkpoint after `done` steps, by rank 0 while the others wait."""
     config = learner.config
-    state: dict[str, Any] = {
-        "config": config.model_dump(mode="json"),
-        "loader": loader.state(*divmod(done, loader.steps_per_epoch)),
-        "channels": loader.channels,
-        "schema": shards.schema.content(),
-        "schema_hash": shards.schema_hash,
-        "manifest_hash": shards.manifest_hash,
-        "versions": {name: version(name) for name in ("fino-fast", "torch", "timm")},
-    }
+    state = checkpoints.State(
+        step=done,
+        config=config.model_dump(mode="json"),
+        loader=loader.state(*divmod(done, loader.steps_per_epoch)),
+        channels=loader.channels,
+        data_schema=shards.schema.content(),
+        data_schema_hash=shards.schema_hash,
+        manifest_hash=shards.manifest_hash,
+        packages={name: version(name) for name in ("fino-fast", "torch", "timm")},
+    )
     if learner.world.rank == 0:
         keep = config.keep_checkpoints
-        checkpoints.save(config.output, done, learner.models, learner.optimizer, state, keep=keep)
+        checkpoints.save(config.output, learner.models, learner.optimizer, state, keep=keep)
     learner.world.barrier()

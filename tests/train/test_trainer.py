@@ -82,9 +82,11 @@ def test_a_checkpoint_has_schema_vocabularies_and_configuration(
 ) -> None:
     state = json.loads((path_of(whole_run, STEPS) / "state.json").read_text())
     schema = ShardSet.open(shards).schema
-    assert state["schema"] == schema.content()
-    assert state["schema"]["factors"]["camera"]["vocabulary"] == schema.factors["camera"].vocabulary
-    assert state["schema_hash"] == schema.hash
+    assert state["data_schema"] == schema.content()
+    cameras = state["data_schema"]["factors"]["camera"]["vocabulary"]
+    assert cameras == schema.factors["camera"].vocabulary
+    assert sorted(cameras) == ["cam-0", "cam-1", "cam-2", "cam-3"]
+    assert state["data_schema_hash"] == schema.hash
     assert state["config"] == json.loads((whole_run / "config.json").read_text())
     assert state["step"] == STEPS
     names = tensors(path_of(whole_run, STEPS)).keys()
