@@ -1,5 +1,6 @@
 """A small lab: a folder of real image files and a table about them."""
 
+import copy
 import csv
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +63,9 @@ class Lab:
             writer = csv.DictWriter(file, names, delimiter=delimiter)
             writer.writeheader()
             writer.writerows(self.rows)
-        (self.root / "schema.yaml").write_text(yaml.safe_dump(self.schema), encoding="utf-8")
+        (self.root / "schema.yaml").write_text(
+            yaml.safe_dump(self.schema, sort_keys=False), encoding="utf-8"
+        )
 
     def request(self, **changes: Any) -> Request:
         options: dict[str, Any] = {
@@ -112,7 +115,7 @@ def png(image: np.ndarray, form: str = "PNG", **options: Any) -> bytes:
 
 
 def make_lab(root: Path, count: int, channels: int = 1) -> Lab:
-    lab = Lab(root, {key: dict(value) for key, value in SCHEMA.items()})
+    lab = Lab(root, copy.deepcopy(SCHEMA))
     lab.images.mkdir(parents=True)
     for i in range(count):
         name = f"{i:04d}.{'png' if i % 2 else 'jpg'}"

@@ -1,22 +1,25 @@
 """Killed workers and drivers, full disks, rivals: the fault is real, the end whole or resumable."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fino_fast.data import ShardSet
 from fino_fast.data.engines import LocalEngine
 from fino_fast.data.files import TEMPORARY, committed
-from fino_fast.data.ingest import ingest
+from fino_fast.data.ingest import LOCK, ingest
 from fino_fast.data.verify import verify
 from fino_fast.data.write import write_shard
-from fino_fast.errors import DataError
+from fino_fast.errors import DataError, DiskFullError
 
 from .labs import Lab, Serial, make_lab
 from .test_ingest import content
@@ -230,14 +233,15 @@ def test_a_full_disk_ends_with_code_3_and_a_rerun_completes(
     assert content(out) == expected
 
 
-def test_a_full_disk_while_sealing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_sealing(lab: Lab) -> None:
     lab.ingest()
     (lab.out / "MANIFEST.json").unlink()
+    request = lab.request()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
         with pytest.raises(DiskFullError, match="no room left"):
-            lab.ingest()
+            ingest(request, Serial())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     lab.ingest()
