@@ -13,6 +13,7 @@ from fino_fast.errors import DataError
 
 from .declaration import Declaration
 from .engines import LocalEngine
+from .infer import infer_schema
 from .ingest import SHARD_BYTES, Allowance, Report, Request, ingest
 from .manifest import Manifest, SealedShard
 from .schema import shorten
@@ -37,7 +38,9 @@ class Ingest(CommandModel):
     path: str
     """Column with the image's path below the image folder."""
     schema_path: Path = Field(alias="schema")
-    """YAML file that declares the factors; see --infer."""
+    """YAML file that declares the factors."""
+    infer: bool = False
+    """Only write a first schema, from what the table holds, to the path given by --schema."""
     out: Path
     """Folder of the shards."""
     engine: Literal["local"] = "local"
@@ -56,6 +59,10 @@ class Ingest(CommandModel):
     """Try the rejected rows again."""
 
     def run(self) -> int:
+        if self.infer:
+            infer_schema(self.table, self.id, self.path, self.schema_path)
+            print(f"{self.schema_path}: written; set the roles in it, then ingest without --infer")
+            return 0
         request = Request(
             table=self.table,
             images=self.images,

@@ -27,7 +27,7 @@ from .declaration import (
     MultiDeclaration,
 )
 
-_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _SHOWN = 10
 
 
@@ -74,7 +74,7 @@ def read_table(path: Path, columns: list[str], delimiter: str = ",") -> pa.Table
     """
     _check_columns(path, column_names(path, delimiter), columns)
     with _reading(path):
-        if _is_parquet(path):
+        if is_parquet(path):
             return pq.read_table(path, columns=columns).combine_chunks()
         convert = pyarrow.csv.ConvertOptions(
             column_types=dict.fromkeys(columns, pa.string()),
@@ -92,13 +92,13 @@ def column_names(path: Path, delimiter: str = ",") -> list[str]:
         DataError: the file cannot be read or is not what its name says.
     """
     with _reading(path):
-        if _is_parquet(path):
+        if is_parquet(path):
             return list(pq.read_schema(path).names)
         with pyarrow.csv.open_csv(path, parse_options=_csv(delimiter)) as reader:
             return list(reader.schema.names)
 
 
-def _is_parquet(path: Path) -> bool:
+def is_parquet(path: Path) -> bool:
     return path.suffix.lower() in (".parquet", ".pq")
 
 
@@ -182,14 +182,14 @@ def _report(faults: list[_Fault], ids: pa.Array) -> str:
 
 
 def _required(table: pa.Table, column: str, faults: list[_Fault]) -> pa.Array:
-    values = _strings(table[column])
+    values = strings(table[column])
     empty = pc.equal(pc.fill_null(values, ""), "")
     faults += [_Fault(int(i), column, "is empty") for i in np.flatnonzero(np.asarray(empty))]
     return values
 
 
-def _strings(column: pa.ChunkedArray) -> pa.Array:
-    """A column as strings."""
+def strings(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array of strings."""
     array = column.combine_chunks()
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
@@ -212,9 +212,9 @@ def _parse_factor(
 ) -> pa.Array:
     match factor:
         case CategoricalDeclaration():
-            return _masked(_strings(table[columns[0]]), markers)
+            return _masked(strings(table[columns[0]]), markers)
         case MultiDeclaration(separator=separator):
-            cells = _masked(_strings(table[columns[0]]), markers)
+            cells = _masked(strings(table[columns[0]]), markers)
             lists = [
                 None if cell is None else _split_cell(cell, separator) for cell in cells.to_pylist()
             ]
@@ -269,12 +269,12 @@ def _numbers(
         values = pc.if_else(pc.is_nan(values), pa.scalar(None, pa.float64()), values)
         _note(faults, name, pc.is_inf(values), lambda _: "is infinite")
         return pc.if_else(pc.is_inf(values), pa.scalar(None, pa.float64()), values)
-    cells = _masked(_strings(column), markers)
+    cells = _masked(strings(column), markers)
     text = pc.utf8_trim_whitespace(cells)
     if decimal == ",":
         # "1.5" under a decimal comma is not a number: a point there groups thousands.
         text = pc.replace_substring(pc.replace_substring(text, ".", "?"), ",", ".")
-    good = pc.match_substring_regex(text, _NUMBER)
+    good = pc.match_substring_regex(text, NUMBER)
 
     def what(i: int) -> str:
         cell = cells[i].as_py()
