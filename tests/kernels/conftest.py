@@ -1,0 +1,56 @@
+"""The Triton kernels run on a GPU where there is one, otherwise in Triton's interpreter."""
+
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+triton = pytest.importorskip("triton", reason="triton comes with torch's CUDA builds only")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+        raise pytest.UsageError("tests/kernels needs TRITON_INTERPRET=1 before triton is imported")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter() -> Iterator[None]:
+    """Leave out what the interpreter does twice: it patches `triton.language` for the whole launch,
+    and again in every call of a device function, which is half of its time.
+    """
+    if not triton.knobs.runtime.interpret:
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch, patched = interpreter._patch_lang, set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Triton's own device functions reach the language by other modules: patched once.
+        if self.fn.__module__.startswith("triton") and self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            patch(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """`torch.empty` gives NaN (integers: their maximum): an entry that is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,166 @@
+"""Values of the heads and their gradients at the rows."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fino_fast.kernels.tiles import TILES, forced
+from kernel_case import (
+    TOLERANCE,
+    check_heads,
+    close,
+    expected_head,
+    head_call,
+    inverse,
+    random,
+    run_heads,
+)
+
+from fino_fast.ops import KINDS
+from fino_fast.terms import HeadCall
+
+
+def heads_of_every_kind(n: int, depth: int, classes: int, dtype: torch.dtype) -> list[HeadCall]:
+    """All five kinds on one x; three outputs where they are continuous."""
+    x = random(n, depth, dtype=dtype, seed=0)
+    sizes = [classes, classes, 3, 3, 3]
+    return [
+        replace(head_call(kind, n, depth, size, dtype, seed=10 * i), x=x)
+        for i, (kind, size) in enumerate(zip(KINDS, sizes, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_every_kind_in_one_table(dtype: torch.dtype, device: torch.device) -> None:
+    check_heads(heads_of_every_kind(37, 40, 45, dtype), device)
+
+
+@pytest.mark.parametrize(("n", "depth", "classes"), [(1, 1, 1), (5, 33, 1), (3, 2, 40)])
+def test_odd_shapes(n: int, depth: int, classes: int, device: torch.device) -> None:
+    check_heads(heads_of_every_kind(n, depth, classes, torch.float64), device)
+
+
+def test_heads_of_different_widths(device: torch.device) -> None:
+    check_heads(
+        [
+            head_call("linear", 9, 70, 5, torch.float64, seed=1),
+            head_call("sigmoid", 9, 3, 2, torch.float64, seed=2),
+            head_call("prototype", 9, 17, 40, torch.float64, seed=3),
+        ],
+        device,
+    )
+
+
+def test_rows_and_banks_of_different_dtypes(device: torch.device) -> None:
+    half = head_call("linear", 9, 20, 5, torch.bfloat16, seed=1)
+    check_heads(
+        [
+            half,
+            head_call("prototype", 9, 20, 40, torch.float32, seed=3),
+            replace(half, bank=half.bank.bfloat16()),
+        ],
+        device,
+    )
+
+
+def test_label_smoothing(device: torch.device) -> None:
+    # 1/8 is exact in fp32, in which Triton passes it.
+    check_heads(
+        [head_call("linear", 33, 9, 40, torch.float64, seed=4, label_smoothing=0.125)], device
+    )
+
+
+def test_strided_rows_and_banks(device: torch.device) -> None:
+    call = head_call("linear", 9, 20, 35, torch.float64, seed=5)
+    wide = random(9, 40, dtype=torch.float64, seed=6)
+    for x in (call.x.T.contiguous().T, wide[:, 10:30], call.x[:1].expand(9, 20)):
+        check_heads([replace(call, x=x, bank=call.bank.T.contiguous().T)], device)
+
+
+def test_all_missing_is_zero_even_where_the_rows_are_not_finite(device: torch.device) -> None:
+    calls = heads_of_every_kind(5, 7, 4, torch.float32)
+    x = torch.full_like(calls[0].x, torch.nan)
+    calls = [
+        replace(c, x=x, target=torch.full_like(c.target, -1 if c.target.dim() == 1 else torch.nan))
+        for c in calls
+    ]
+    losses, metrics, *gradients = run_heads(calls, True, True, device)
+    assert losses.eq(0).all()
+    assert metrics.eq(0).all()
+    assert all(g.eq(0).all() for some in gradients for g in some)
+
+
+def test_a_row_without_target_may_hold_anything(device: torch.device) -> None:
+    calls = heads_of_every_kind(9, 7, 4, torch.float32)
+    for call in calls:
+        missing = call.target.clone()
+        missing[4] = -1 if missing.dim() == 1 else torch.nan
+        x = call.x.clone()
+        x[4] = torch.inf
+        valid = missing >= 0 if missing.dim() == 1 else ~missing.isnan()
+        check_heads(
+            [replace(call, x=x, target=missing, inv_count=inverse(valid, torch.float32))], device
+        )
+
+
+def test_a_bank_without_any_class(device: torch.device) -> None:
+    call = head_call("prototype", 5, 7, 4, torch.float32)
+    call = replace(
+        call,
+        counts=torch.zeros(4, dtype=torch.int64),
+        bank=torch.zeros(4, 7),
+        target=torch.full((5,), -1),
+    )
+    for want in (True, False):
+        losses, metrics, grad_x, *_ = run_heads([call], want, want, device)
+        assert losses.item() == 0
+        assert metrics.item() == 0
+        assert grad_x[0].eq(0).all()
+
+
+def test_logits_of_ten_thousand(device: torch.device) -> None:
+    call = head_call("linear", 9, 6, 40, torch.float32, seed=7)
+    check_heads([replace(call, bank=call.bank * 4e4)], device)
+
+
+def test_small_temperatures(device: torch.device) -> None:
+    call = head_call("prototype", 9, 6, 40, torch.float32, seed=8)
+    check_heads([replace(call, offset=torch.full((40,), 0.01))], device)
+
+
+def test_a_zero_row_is_scaled_and_not_projected(device: torch.device) -> None:
+    call = head_call("prototype", 9, 6, 40, torch.float64, seed=9)
+    call.x[2] = 0
+    check_heads(
+        [replace(call, target=call.target.clamp_min(0) * 0 + int(call.counts.argmax()))], device
+    )
+
+
+def test_the_first_of_equal_logits_is_the_prediction(device: torch.device) -> None:
+    call = head_call("linear", 4, 6, 70, torch.float32, seed=10)
+    target = torch.tensor([0, 1, 69, -1])
+    call = replace(
+        call, bank=torch.zeros(70, 6), offset=torch.zeros(70), target=target,
+        inv_count=inverse(target >= 0, torch.float32),
+    )  # fmt: skip
+    for want in (True, False):
+        assert run_heads([call], want, False, device)[1].item() == pytest.approx(1 / 3)
+
+
+def test_a_bank_split_among_programs(device: torch.device) -> None:
+    calls = [
+        head_call("linear", 3, 5, 300, torch.float64, seed=11, label_smoothing=0.25),
+        head_call("prototype", 3, 5, 200, torch.float64, seed=12),
+        head_call("tanh", 3, 5, 40, torch.float64, seed=13),
+    ]
+    losses, metrics, *gradients = run_heads(calls, False, False, device)
+    for f, call in enumerate(calls):
+        loss, metric, *_ = expected_head(call)
+        close(losses[f].cpu(), loss, torch.float64, size=1.0)
+        close(metrics[f].cpu(), metric, torch.float64, size=1.0)
+    assert all(g.numel() == 0 for some in gradients for g in some)
+
+
+def test_tiles_of_a_gpu(device: torch.device) -> None:
+    with forced(TILES[9, 2]):
+        check_heads(heads_of_every_kind(70, 33, 67, torch.float16), device)
