@@ -163,7 +163,10 @@ def decode(payload: bytes | memoryview, extension: str) -> Pixels:
 
 def _load(data: bytes) -> Image.Image:
     """Decode with PIL."""
-    image = _open(data)
+    return _loaded(_open(data))
+
+
+def _loaded(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except (OSError, SyntaxError, ValueError, struct.error, EOFError) as error:
@@ -193,23 +196,44 @@ def _prepare_png(data: bytes, limits: ImagesDeclaration, check: bool) -> Stored:
     chunks = _png_chunks(data)
     if b"acTL" in chunks:
         raise ImageRejected("multi_page", "an animated PNG")
-    plain = colour in (0, 2) and depth in (8, 16) and not chunks & {b"tRNS", b"eXIf"}
+    plain = colour in (0, 2) and depth in (8, 16) and not set(chunks) & {b"tRNS", b"eXIf"}
     if not plain:
         return _convert(data)
-    if check and depth == 16:
-        _decode_deep_png(data)
+    if check and data[28]:
+        # Interlaced: seven passes with rows of their own; rare, so left to a decoder.
+        decode(data, "png")
     elif check:
-        _load(data)
+        _check_png_pixels(chunks.get(b"IDAT", []), height, width * channels * depth // 8)
     return Stored(data, "png", height, width, channels, "uint16" if depth == 16 else "uint8", "")
 
 
-def _png_chunks(data: bytes) -> set[bytes]:
-    """Names of all chunks, whose checksums are compared: PIL does not for those with pixels.
+def _check_png_pixels(parts: list[memoryview], height: int, row_bytes: int) -> None:
+    """Inflate all pixels and look at every row's filter: what is left of decoding cannot fail.
+
+    Three times as fast as undoing the filters too, and unlike PIL it compares the checksum.
+
+    Raises:
+        ImageRejected: they do not inflate to the rows that the header promises.
+    """
+    expected = height * (row_bytes + 1)
+    packed = zlib.decompressobj()
+    try:
+        rows = packed.decompress(b"".join(parts), expected + 1)
+    except zlib.error as error:
+        raise ImageRejected("decode_failed", f"PNG pixels: {error}") from error
+    if len(rows) != expected or not packed.eof:
+        raise ImageRejected("decode_failed", f"{len(rows)} bytes of PNG pixels, not {expected}")
+    if np.frombuffer(rows, np.uint8)[:: row_bytes + 1].max() > 4:
+        raise ImageRejected("decode_failed", "a PNG row has a filter that is not defined")
+
+
+def _png_chunks(data: bytes) -> dict[bytes, list[memoryview]]:
+    """Contents of all chunks by name; their checksums are compared, which PIL does not do for all.
 
     Raises:
         ImageRejected: the file is cut off, or a checksum differs.
     """
-    names: set[bytes] = set()
+    chunks: dict[bytes, list[memoryview]] = {}
     view = memoryview(data)
     place = 8
     while place + 12 <= len(data):
@@ -219,10 +243,10 @@ def _png_chunks(data: bytes) -> set[bytes]:
             break
         if zlib.crc32(view[place + 4 : end]) != int.from_bytes(data[end : end + 4]):
             raise ImageRejected("decode_failed", f"the checksum of PNG chunk {name!r} differs")
-        names.add(name)
+        chunks.setdefault(name, []).append(view[place + 8 : end])
         place = end + 4
         if name == b"IEND":
-            return names
+            return chunks
     raise ImageRejected("decode_failed", "the PNG is cut off before its end chunk")
 
 
@@ -251,7 +275,9 @@ def _prepare_jpeg(data: bytes, limits: ImagesDeclaration, check: bool) -> Stored
     if _orientation(image) != 1:
         return _convert(data)
     if check:
-        _load(data)
+        # An eighth of the size and grey: every coefficient is decoded, few are transformed.
+        image.draft("L", (1, 1))
+        _loaded(image)
     return Stored(data, "jpg", height, width, channels, "uint8", "")
 
 

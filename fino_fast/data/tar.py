@@ -35,8 +35,24 @@ class TarWriter:
 
 
 def member_header(name: str, size: int) -> bytes:
-    """The 512-byte USTAR header of a member."""
-    info = tarfile.TarInfo(name)
-    info.size = size
+    """The 512-byte USTAR header of a member (POSIX.1-1988); the name is ASCII, below 100 bytes.
+
+    Only name, size and checksum differ from member to member, so the rest is made once.
+    """
+    header = bytearray(_TEMPLATE)
+    header[: len(name)] = name.encode("ascii")
+    header[124:135] = b"%011o" % size
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def _template() -> bytes:
+    """A header with an empty name and size, and spaces in place of the checksum."""
+    info = tarfile.TarInfo("")
     info.mode = 0o644
-    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
+    header[148:156] = b" " * 8
+    return bytes(header)
+
+
+_TEMPLATE = _template()
