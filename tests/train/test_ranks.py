@@ -26,11 +26,15 @@ ALIKE = {
 }
 
 
-def torchrun(config: Path, *options: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", "-m", "fino_fast.cli", "train", str(config), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+def on_two_ranks(store: Path, *command: str) -> str:
+    """Run `fino-fast` on two ranks; return what it printed."""
+    script = str(Path(__file__).with_name("two_ranks.py"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run(
+        [*launcher, script, str(store), *command], capture_output=True, text=True, timeout=250
+    )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_two_ranks_equal_one_and_may_continue_each_others_runs(
@@ -39,7 +43,9 @@ def test_two_ranks_equal_one_and_may_continue_each_others_runs(
     alone = run_config(shards, tmp_path / "alone", **ALIKE)
     train(alone)
     together = run_config(shards, tmp_path / "together", **ALIKE)
-    torchrun(write_yaml(together, tmp_path / "together.yaml"))
+    config = write_yaml(together, tmp_path / "together.yaml")
+    printed = on_two_ranks(tmp_path / "store", "train", str(config))
+    assert printed.count(f"{STEPS} steps done") == 1
     expected = tensors(path_of(alone.output, STEPS))
     found = tensors(path_of(together.output, STEPS))
     assert found.keys() == expected.keys()
