@@ -73,8 +73,10 @@ def embed(
         for loader in loaders:
             with tqdm(total=len(loader), unit="image", desc=loader.split, disable=None) as bar:
                 for batch in loader.evaluation():
+                    # Channels last: the layout that convolutions are fastest in.
+                    images = batch.views[0].to(device, memory_format=torch.channels_last)
                     with torch.inference_mode():
-                        output = backbone(batch.views[0].to(device)).float().cpu()
+                        output = backbone(images).float().cpu()
                     check_output(output, batch.rows, loader.shards)
                     rows.append(batch.rows.numpy())
                     features.append(output.numpy())
