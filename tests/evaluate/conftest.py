@@ -1,7 +1,16 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
+
+from .labs import make_shards
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("evaluation"))
