@@ -1,6 +1,7 @@
 """Which implementation of the terms serves which tensors, by name."""
 
 import warnings
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -22,15 +23,31 @@ _EAGER = Eager()
 # Backend → itself, or why it cannot be used here.
 _FUSED: dict[str, Backend | str] = {
     "native": Native() if ops.LOAD_ERROR is None else ops.LOAD_ERROR,
-    "triton": "the Triton kernels are not part of this version",
+    "triton": "there was no CUDA device when the loss was made",
 }
 _warned: set[str] = set()
 
 
-def check_name(name: str) -> None:
-    """Raises ValueError where `name` is no backend."""
+def prepare(name: str) -> None:
+    """Load what the backend `name` may need: torch.compile cannot trace an import later.
+
+    Raises:
+        ValueError: `name` is no backend.
+    """
     if name not in get_args(BackendName):
         raise ValueError(f"backend must be one of {get_args(BackendName)}, found {name!r}")
+    if name in ("auto", "triton") and torch.cuda.is_available():
+        _FUSED["triton"] = _load_triton()
+
+
+def _load_triton() -> Backend | str:
+    if ops.LOAD_ERROR is not None:
+        return ops.LOAD_ERROR
+    if find_spec("triton") is None:
+        return "triton is not installed; it comes with PyTorch's CUDA builds"
+    from .triton import Triton
+
+    return Triton()
 
 
 def resolve(name: BackendName, device: torch.device) -> Backend:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .backends import BackendName, check_name, resolve
+from .backends import BackendName, prepare, resolve
 from .distributed import sum_over_ranks, world_size
 from .factors import Categorical, Continuous, Factor, InfoNCE, LambdaSchedule
+from .frozen import frozen
 from .heads import Heads, LinearHead, PrototypeHead, build_head
 from .reference import (
     accumulation_dtype,
@@ -77,7 +78,7 @@ class FinoLoss(nn.Module):
             raise ValueError(
                 f"contrastive_weight must be a finite number ≥ 0, found {contrastive_weight!r}"
             )
-        check_name(backend)
+        prepare(backend)
         self.factors = tuple(factors)
         self.dim, self.contrastive, self.contrastive_weight = dim, contrastive, contrastive_weight
         self.schedule, self.balance, self.backend = schedule, balance, backend
@@ -247,7 +248,7 @@ class FinoLoss(nn.Module):
         calls, pullbacks = [], []
         for factor in self.factors:
             sign = 1.0 if factor.role == "preserve" else -1.0
-            guided = scale_gradient(z, sign * self.guidance)
+            guided = scale_gradient(z, frozen(sign * self.guidance))
             call, pullback = self._head_call(factor, guided, values[factor.name], views, dtype)
             calls.append(call)
             pullbacks.append(pullback)
@@ -317,7 +318,8 @@ class FinoLoss(nn.Module):
     ) -> Tensor:
         """Σ_f orthogonal_f · R_f; enters R_f into `terms`."""
         total = z.new_zeros((), dtype=dtype)
-        guidance = self.guidance.clone()  # the backward pass may come after the next set_progress
+        # The backward pass may come after the next set_progress.
+        guidance = frozen(self.guidance.clone())
         for factor in self.factors:
             if not factor.orthogonal:
                 continue

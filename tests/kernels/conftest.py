@@ -1,15 +1,11 @@
 """The Triton kernels run on a GPU where there is one, otherwise in Triton's interpreter."""
 
 import importlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 triton = pytest.importorskip("triton", reason="triton comes with torch's CUDA builds only")
 
