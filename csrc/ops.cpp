@@ -256,10 +256,9 @@ HeadOutput head_of(const HeadTensors& in, bool want_x, bool want_bank) {
     target = dense<T>(target);
   }
   HeadOutput out;
-  const Tensor none = at::empty({0}, options);
-  out.grad_x = want_x ? at::empty_like(x) : none;
-  out.grad_bank = want_bank ? at::zeros_like(bank) : none;
-  out.grad_offset = want_bank ? at::zeros_like(offset) : none;
+  out.grad_x = want_x ? at::empty_like(x) : at::empty({0}, options);
+  out.grad_bank = want_bank ? at::zeros_like(bank) : at::empty({0}, options);
+  out.grad_offset = want_bank ? at::zeros_like(offset) : at::empty({0}, options);
 
   const bool classes = prototype || in.kind == HeadKind::linear;
   Head<T> head{};

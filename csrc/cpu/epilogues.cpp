@@ -237,16 +237,16 @@ T activate(T x, Activation activation, T& slope) {
 template <typename T>
 RowLoss<T> squared_error(T* row, int64_t n, const T* offset, const T* target, Activation activation,
                          T weight, bool gradient) {
-  T sum = 0;
+  double sum = 0;
   for (int64_t k = 0; k < n; ++k) {
     T slope;
     const T prediction = activate(row[k] + offset[k], activation, slope);
     const bool observed = target[k] == target[k];
     const T error = observed ? prediction - target[k] : T(0);
-    sum += error * error;
+    sum += double(error) * error;
     if (gradient) row[k] = observed ? 2 * error * slope * weight : T(0);
   }
-  return {sum, sum};
+  return {T(sum), T(sum)};
 }
 
 template <typename T>

@@ -1,0 +1,407 @@
+"""The native CPU backend: its operators, tiles, levels, memory, and what it does when absent."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fino_fast import backends, native, ops
+from fino_fast.eager import Eager
+from fino_fast.terms import HeadCall, Kind
+
+NATIVE, EAGER = native.Native(), Eager()
+KINDS: list[Kind] = ["linear", "prototype", "identity", "sigmoid", "tanh"]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Every `empty` of torch is NaN: a write that is missed shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def head_call(
+    kind: Kind, n: int, d: int, k: int, dtype: torch.dtype = torch.float32, grad: bool = True
+) -> HeadCall:
+    x = torch.randn(n, d, dtype=dtype, requires_grad=grad)
+    bank = torch.randn(k, d, dtype=dtype)
+    offset = torch.randn(k, dtype=dtype)
+    counts = None
+    if kind in ("linear", "prototype"):
+        target = torch.randint(-1, k, (n,))
+        if kind == "prototype":
+            counts = torch.randint(0, 3, (k,))
+            target = torch.where(counts[target.clamp_min(0)] > 0, target, -1)
+            offset = offset.abs() + 0.1
+        count = (target >= 0).sum()
+    else:
+        target = torch.rand(n, k, dtype=dtype)
+        target[torch.rand(n, k) < 0.3] = torch.nan
+        count = (~target.isnan()).sum()
+    if kind != "prototype":
+        bank.requires_grad_(grad)
+        offset.requires_grad_(grad)
+    smoothing = 0.1 if kind == "linear" else 0.0
+    inv_count = count.clamp_min(1).to(dtype).reciprocal()
+    return HeadCall(kind, x, bank, offset, target, inv_count, smoothing, counts)
+
+
+def copy_of(call: HeadCall, dtype: torch.dtype) -> HeadCall:
+    def copy(value: Tensor | None) -> Tensor | None:
+        if value is None or not value.is_floating_point():
+            return value
+        return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+    return HeadCall(
+        call.kind,
+        copy(call.x),
+        copy(call.bank),
+        copy(call.offset),
+        copy(call.target),
+        copy(call.inv_count),
+        call.label_smoothing,
+        call.counts,
+    )
+
+
+def head_gradients(backend: Eager, call: HeadCall) -> list[Tensor]:
+    """[loss, metric, ∂x, ∂bank, ∂offset], as far as they exist, in fp64."""
+    (result,) = backend.heads([call], False)
+    result.loss.backward()
+    grads = [t.grad for t in (call.x, call.bank, call.offset) if t.requires_grad]
+    return [t.detach().double() for t in (result.loss, result.metric, *grads)]
+
+
+def contrastive_gradients(backend: Eager, rows: Tensor, tau: float, two_tower: bool, views: int):
+    leaf = rows.detach().clone().requires_grad_()
+    scale = torch.tensor(1 / tau, dtype=leaf.dtype, requires_grad=True)
+    loss = backend.contrastive(leaf, scale, views, two_tower)
+    loss.backward()
+    return [t.detach().double() for t in (loss, leaf.grad, scale.grad)]
+
+
+def assert_as_exact_as_eager(
+    ours: list[Tensor], eager: list[Tensor], exact: list[Tensor], floor: float = 2e-7
+) -> None:
+    """Error to fp64 at most twice what plain PyTorch loses in the same precision.
+
+    Beside that a few roundings: PyTorch may be right to the last bit, or exactly zero.
+    """
+    for mine, theirs, true in zip(ours, eager, exact, strict=True):
+        lost = (theirs - true).abs().max()
+        assert (mine - true).abs().max() <= 2 * lost + 2e-6 * true.abs().max() + floor
+
+
+def test_the_build_under_test_has_native_code():
+    assert ops.LOAD_ERROR is None
+    assert isinstance(backends.resolve("auto", torch.device("cpu")), native.Native)
+
+
+def test_native_asked_for_by_name_never_falls_back(monkeypatch):
+    monkeypatch.setitem(backends._FUSED, "native", "no compiler was found")
+    with pytest.raises(backends.BackendUnavailableError, match="no compiler was found"):
+        backends.resolve("native", torch.device("cpu"))
+    with pytest.raises(backends.BackendUnavailableError, match="serves cpu tensors"):
+        backends.resolve("native", torch.device("meta"))
+
+
+def test_auto_falls_back_with_one_warning(monkeypatch, recwarn):
+    monkeypatch.setitem(backends._FUSED, "native", "no compiler was found")
+    monkeypatch.setattr(backends, "_warned", set())
+    for _ in range(2):
+        assert type(backends.resolve("auto", torch.device("cpu"))) is Eager
+    assert [str(w.message) for w in recwarn if w.category is RuntimeWarning] == [
+        "fino_fast runs in plain PyTorch on cpu: no compiler was found"
+    ]
+
+
+# The sizes stand astride the sides of the tiles: one tile, an odd and an even number of them, and a
+# last one of a single row.
+@pytest.mark.parametrize("images", [1, 2, 31, 32, 33, 64, 97, 160, 513])
+@pytest.mark.parametrize(
+    ("views", "two_tower", "tau"),
+    [(2, False, 0.1), (2, True, 0.1), (3, False, 0.1), (2, False, 0.01)],
+)
+def test_contrastive_equals_the_oracle(images, views, two_tower, tau):
+    rows = torch.randn(views * images, 19)
+    rows[: images // 2 + 1] *= 1e3  # the length of a row must not matter
+    assert_as_exact_as_eager(
+        contrastive_gradients(NATIVE, rows, tau, two_tower, views),
+        contrastive_gradients(EAGER, rows, tau, two_tower, views),
+        contrastive_gradients(EAGER, rows.double(), tau, two_tower, views),
+        floor=1e-7 / tau,  # a rounding of the largest logit
+    )
+
+
+@pytest.mark.parametrize("tau", [0.0251, 0.0249])
+def test_contrastive_on_either_side_of_the_bounded_form(tau):
+    """Opposite rows: every negative logit is at its lowest possible value."""
+    rows = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 1e-3], [-1.0, 1e-3]])
+    ours = contrastive_gradients(NATIVE, rows, tau, False, 2)
+    exact = contrastive_gradients(EAGER, rows.double(), tau, False, 2)
+    eager = contrastive_gradients(EAGER, rows, tau, False, 2)
+    assert all(t.isfinite().all() for t in ours)
+    assert_as_exact_as_eager(ours, eager, exact)
+
+
+def test_zero_rows_have_the_gradient_of_the_clamped_norm():
+    rows = torch.randn(8, 5)
+    rows[3] = 0
+    ours = contrastive_gradients(NATIVE, rows, 0.5, False, 2)
+    eager = contrastive_gradients(EAGER, rows, 0.5, False, 2)
+    torch.testing.assert_close(ours[0], eager[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[1], eager[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_gives_nan_as_in_pytorch(bad):
+    rows = torch.randn(6, 4)
+    rows[2, 1] = bad
+    assert contrastive_gradients(NATIVE, rows, 0.1, False, 2)[0].isnan()
+    call = head_call("linear", 6, 4, 3, grad=False)
+    call.x, call.target = rows, torch.zeros(6, dtype=torch.int64)
+    assert NATIVE.heads([call], False)[0].loss.isnan()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("n", "d", "k"), [(1, 1, 1), (7, 5, 3), (64, 33, 1), (13, 8, 257), (130, 1, 40)]
+)
+def test_heads_equal_the_oracle(kind, n, d, k):
+    call = head_call(kind, n, d, k)
+    assert_as_exact_as_eager(
+        head_gradients(NATIVE, copy_of(call, torch.float32)),
+        head_gradients(EAGER, copy_of(call, torch.float32)),
+        head_gradients(EAGER, copy_of(call, torch.float64)),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_over_several_blocks_of_rows(kind):
+    """A bank so large that the scratch block holds the fewest rows, 16 at a time."""
+    call = head_call(kind, 18, 2, 530_000)
+    assert_as_exact_as_eager(
+        head_gradients(NATIVE, copy_of(call, torch.float32)),
+        head_gradients(EAGER, copy_of(call, torch.float32)),
+        head_gradients(EAGER, copy_of(call, torch.float64)),
+    )
+
+
+@pytest.mark.parametrize("kind", ["linear", "prototype"])
+def test_logits_of_ten_thousand(kind):
+    call = head_call(kind, 12, 6, 9)
+    call.bank = (call.bank.detach() * 1e4).requires_grad_(kind == "linear")
+    if kind == "prototype":
+        call.offset = torch.full((9,), 1e-4)
+    ours = head_gradients(NATIVE, copy_of(call, torch.float32))
+    assert all(t.isfinite().all() for t in ours)
+    torch.testing.assert_close(
+        ours, head_gradients(EAGER, copy_of(call, torch.float32)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_large_bank_is_recomputed_in_the_backward_pass(monkeypatch):
+    call = head_call("linear", 20, 6, 11)
+    at_once = head_gradients(NATIVE, copy_of(call, torch.float32))
+    monkeypatch.setattr(native, "DEFERRED_BANK_BYTES", 0)
+    (result,) = NATIVE.heads([copy_of(call, torch.float32)], False)
+    assert result.gradient is not None
+    assert result.gradient.numel() == 0  # nothing was computed ahead
+    torch.testing.assert_close(head_gradients(NATIVE, copy_of(call, torch.float32)), at_once)
+
+
+def test_half_precision_gradients_survive_a_loss_scale():
+    """Unscaled, these gradients are below the smallest fp16 number."""
+    call = head_call("linear", 64, 8, 5)
+    call.inv_count = torch.tensor(1e-7)
+    half = copy_of(call, torch.float32)
+    half.x = call.x.detach().half().requires_grad_()
+    loss_scale = 2.0**16
+    (NATIVE.heads([half], False)[0].loss * loss_scale).backward()
+    (EAGER.heads([call], False)[0].loss * loss_scale).backward()
+    assert half.x.grad is not None
+    assert call.x.grad is not None
+    torch.testing.assert_close(half.x.grad.float(), call.x.grad, rtol=2e-2, atol=1e-6)
+
+
+def operator_samples(dtype: torch.dtype) -> Iterator[tuple[object, tuple[object, ...]]]:
+    rows = torch.randn(6, 4, dtype=dtype, requires_grad=True)
+    scale = torch.tensor(5.0, dtype=dtype, requires_grad=True)
+    forward = torch.ops.fino.contrastive_forward.default
+    yield forward, (rows, rows.detach(), scale, 2, 0, False)
+    # Columns of other ranks too: outside a process group there is no one to ask for a gradient.
+    fixed = (rows.detach(), torch.randn(10, 4, dtype=dtype), scale.detach())
+    yield forward, (*fixed, 2, 2, True)
+    lse = torch.randn(6, dtype=dtype)
+    yield (
+        torch.ops.fino.contrastive_backward.default,
+        (torch.ones((), dtype=dtype), *fixed, lse, torch.randn(10, dtype=dtype), 2, 2, True),
+    )
+    for want in (False, True):
+        calls = [head_call(kind, 6, 4, 5, dtype) for kind in KINDS]
+        none = torch.empty(0, dtype=torch.int64)
+        yield (
+            torch.ops.fino.heads_forward.default,
+            (
+                [call.x for call in calls],
+                [call.bank for call in calls],
+                [call.offset for call in calls],
+                [call.target for call in calls],
+                [call.inv_count for call in calls],
+                [none if call.counts is None else call.counts for call in calls],
+                list(range(5)),
+                [0.1, 0.0, 0.0, 0.0, 0.0],
+                want,
+                want,
+            ),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(dtype):
+    for operator, arguments in operator_samples(dtype):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"views": 1}, "views each"),
+        ({"views": 4}, "views each"),
+        ({"first": 1}, "are not among the 3"),
+        ({"columns": torch.zeros(6, 5)}, r"must be \[N, P\] and \[M, P\]"),
+    ],
+)
+def test_wrong_calls_of_the_contrastive_operator(change, message):
+    arguments = {"rows": torch.zeros(6, 4), "columns": torch.zeros(6, 4), "views": 2, "first": 0}
+    arguments |= {"logit_scale": torch.ones(()), "two_tower": False} | change
+    with pytest.raises(RuntimeError, match=message):
+        ops.contrastive(**arguments)
+
+
+def test_a_target_beyond_the_bank_is_an_error_and_no_wild_read():
+    call = head_call("linear", 4, 3, 5, grad=False)
+    call.target = torch.tensor([0, 1, 5, 2])
+    with pytest.raises(RuntimeError, match="a target is not below K=5"):
+        NATIVE.heads([call], False)
+
+
+def test_bit_identical_from_run_to_run_and_for_any_number_of_threads():
+    rows = torch.randn(1200, 32)
+    call = head_call("linear", 700, 32, 50)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            results.append(
+                contrastive_gradients(NATIVE, rows, 0.1, False, 2)
+                + head_gradients(NATIVE, copy_of(call, torch.float32))
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for one, two in zip(results[0][:3], other[:3], strict=True):
+            assert torch.equal(one, two)
+    for one, two in zip(results[1], results[2], strict=True):
+        assert torch.equal(one, two)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_every_level_of_this_processor_gives_the_oracle_s_result():
+    import fino_fast._C as extension
+
+    assert extension.capability() in extension.capabilities()
+    for level in extension.capabilities():
+        done = run_python(
+            """
+            import torch
+            import fino_fast._C
+            from fino_fast.native import Native
+            from fino_fast.eager import Eager
+
+            torch.manual_seed(0)
+            rows = torch.randn(150, 21)
+            grads = []
+            for backend in (Native(), Eager()):
+                leaf = rows.clone().requires_grad_()
+                loss = backend.contrastive(leaf, torch.tensor(10.0), 2, False)
+                loss.backward()
+                grads.append((loss.detach(), leaf.grad))
+            torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+            print(fino_fast._C.capability())
+            """,
+            FINO_CPU_CAPABILITY=level,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == level
+
+
+def test_an_unknown_level_is_refused_by_name():
+    done = run_python(
+        "from fino_fast import ops, _C; _C.capability()", FINO_CPU_CAPABILITY="avx1024"
+    )
+    assert done.returncode != 0
+    assert "FINO_CPU_CAPABILITY=avx1024: this processor and binary offer baseline" in done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("term", ["contrastive", "heads"])
+def test_extra_memory_at_16384_rows(term):
+    """Peak resident memory of forward + backward, beyond the inputs and their gradients."""
+    done = run_python(
+        f"""
+        import torch
+        from pathlib import Path
+        from fino_fast.native import Native
+        from fino_fast.terms import HeadCall
+
+        def peak():
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    return int(line.split()[1]) / 1024
+
+        def extra(n):
+            # MB of forward + backward beyond the inputs and their gradients
+            x = torch.randn(n, 128, requires_grad=True)
+            leaves = [x]
+            if "{term}" == "heads":
+                bank = torch.randn(10_000, 128, requires_grad=True)
+                offset = torch.zeros(10_000, requires_grad=True)
+                y = torch.randint(0, 10_000, (n,))
+                leaves += [bank, offset]
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+            before = peak()
+            if "{term}" == "contrastive":
+                loss = Native().contrastive(x, torch.tensor(10.0), 2, False)
+            else:
+                call = HeadCall("linear", x, bank, offset, y, torch.tensor(1 / n))
+                loss = Native().heads([call], False)[0].loss
+            loss.backward()
+            return peak() - before - sum(leaf.grad.nbytes for leaf in leaves) / 2**20
+
+        extra(256)  # thread pools and the library's own workspaces
+        print(extra(16384))
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 96
