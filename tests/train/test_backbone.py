@@ -219,3 +219,17 @@ def test_weights_that_timm_fetches_are_adapted_too(tmp_path: Path) -> None:
 def test_a_model_without_weights_to_fetch() -> None:
     with pytest.raises(ConfigError, match=r"'darknet17': timm cannot give pretrained weights"):
         load_pretrained(build_backbone("darknet17"), "darknet17", image_size=32, options={})
+
+
+def test_foreign_names_go_through_timms_conversion(tmp_path: Path) -> None:
+    """Registers as Meta's DINOv2 names them."""
+    options = {"reg_tokens": 4}
+    source = build_backbone(VIT, image_size=32, options=options)
+    state = source.state_dict()
+    state["register_tokens"] = state.pop("reg_token")
+    state["mask_token"] = torch.zeros(1, 64)
+    torch.save(state, tmp_path / "dinov2.pth")
+    target = build_backbone(VIT, image_size=32, options=options)
+    report = load_weights(target, tmp_path / "dinov2.pth")
+    assert not report.missing
+    assert torch.equal(target.reg_token, source.reg_token)

@@ -11,8 +11,8 @@ import torch
 from fino_fast.data import ShardSet
 from fino_fast.errors import ConfigError
 from fino_fast.train import train
+from fino_fast.train.build import build_loader
 from fino_fast.train.checkpoint import path_of
-from fino_fast.train.trainer import build_loader
 from fino_fast.train.world import World
 
 from .runs import STEPS, rows, run_config, tensors, write_yaml
