@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .factors import Continuous, Factor, InfoNCE, Role
+from .frozen import frozen
 from .groups import group_slots, group_sums
 
 NORM_EPS = 1e-12  # x̂ = x / max(‖x‖, NORM_EPS)
@@ -106,12 +107,12 @@ def prototype_cross_entropy(
         (0-d loss sum, 0-d number of hits).
     """
     dtype = accumulation_dtype(x.dtype)
+    # The buffers move before the backward pass; what it needs of them is kept as it is now.
+    bank = normalize(centroids.detach().to(dtype)) / temperatures.detach().to(dtype)[:, None]
+    bank, unseen, target = frozen(bank), frozen(counts == 0), frozen(target)
     x = torch.where((target >= 0)[:, None], x, 0.0)
-    bank = normalize(centroids.detach().to(dtype))
-    # 1/φ is a new tensor: the buffer itself may be updated before the backward pass.
-    logits = normalize(x.to(dtype)) @ bank.T * temperatures.detach().to(dtype).reciprocal()
     # The lowest finite number, not −inf: a bank without any class must not give NaN.
-    logits = logits.masked_fill(counts == 0, torch.finfo(dtype).min)
+    logits = (normalize(x.to(dtype)) @ bank.T).masked_fill(unseen, torch.finfo(dtype).min)
     loss = F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
     return loss, (logits.argmax(1) == target).sum().to(dtype)
 
