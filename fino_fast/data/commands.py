@@ -9,10 +9,10 @@ from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
 from fino_fast.config import CommandModel
-from fino_fast.errors import DataError
+from fino_fast.errors import ConfigError, DataError
 
 from .declaration import Declaration
-from .engines import LocalEngine
+from .engines import Engine, LocalEngine, RayEngine
 from .infer import infer_schema
 from .ingest import SHARD_BYTES, Allowance, Report, Request, ingest
 from .manifest import Manifest, SealedShard
@@ -43,10 +43,15 @@ class Ingest(CommandModel):
     """Only write a first schema, from what the table holds, to the path given by --schema."""
     out: Path
     """Folder of the shards."""
-    engine: Literal["local"] = "local"
-    """Where shards are written."""
+    engine: Literal["local", "ray"] = "local"
+    """Where shards are written: processes of this machine, or Ray tasks."""
+    ray_address: str | None = None
+    """Ray cluster to use; a local Ray is started when left out."""
     workers: int | None = Field(default=None, ge=1)
-    """Worker processes; the number of processors when left out."""
+    """Worker processes on this machine; the number of processors when left out."""
+    shard_of: str | None = None
+    """"i/n": write only every n-th shard from the i-th on (0 ≤ i < n), for n processes without a
+    cluster (a Slurm array); the last one to end seals."""
     seed: int = Field(default=0, ge=0)
     """Seed of the one shuffle that spreads the rows over the shards."""
     shard_bytes: int = Field(default=SHARD_BYTES, ge=1)
@@ -75,7 +80,12 @@ class Ingest(CommandModel):
             check=self.check,
             max_reject=Allowance.parse(self.max_reject),
             retry_rejects=self.retry_rejects,
+            part=parse_part(self.shard_of) if self.shard_of else None,
         )
+        workers = self.workers or os.cpu_count() or 1
+        engine: Engine = LocalEngine(workers)
+        if self.engine == "ray":
+            engine = RayEngine(workers, self.ray_address)
         # disable=None: a bar on a terminal, silence in a pipe.
         with tqdm(unit="row", unit_scale=True, disable=None) as bar:
             written = rejected = 0
@@ -88,7 +98,7 @@ class Ingest(CommandModel):
                 bar.set_postfix_str(f"{written / 2**20:.0f} MiB, {rejected} rejected")
                 bar.update(receipt.rows)
 
-            report = ingest(request, LocalEngine(self.workers or os.cpu_count() or 1), progress)
+            report = ingest(request, engine, progress)
         print(summary(self.out, report))
         return 0
 
@@ -119,9 +129,26 @@ class Verify(CommandModel):
         return 0
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """Read "2/8" as the third of eight parts.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    first, _, count = text.partition("/")
+    if first.isdecimal() and count.isdecimal() and int(first) < int(count):
+        return int(first), int(count)
+    raise ConfigError(f"shard-of: {text!r} is no part like 0/8 … 7/8")
+
+
 def summary(out: Path, report: Report) -> str:
     """What a person wants to know after an ingest."""
     manifest = report.manifest
+    if manifest is None:
+        return (
+            f"{out}: {report.shards_written} shards written now, {report.shards_missing} are left "
+            "to other processes; the set is not sealed yet"
+        )
     size = sum(shard.bytes for shard in manifest.shards)
     lines = [
         f"{out}: {manifest.samples} samples in {len(manifest.shards)} shards, "

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from fino_fast.errors import DataError
+from fino_fast.errors import DataError, MissingExtraError
 
 
 class Named(Protocol):
@@ -113,3 +113,63 @@ def _prepare_worker(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+class RayEngine:
+    """Ray core tasks, on a cluster or on a local Ray that lives as long as the run.
+
+    Core tasks and not Ray Data, which drops a whole block with one bad row. All nodes must see
+    images and output under the same paths.
+    """
+
+    def __init__(self, workers: int | None = None, address: str | None = None) -> None:
+        self.workers = workers
+        self.address = address
+
+    def run(
+        self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]
+    ) -> Iterator[ResultT]:
+        if not tasks:
+            return
+        ray = import_ray()
+        own = not ray.is_initialized()
+        if own:
+            local = {} if self.address else {"num_cpus": self.workers, "include_dashboard": False}
+            ray.init(address=self.address, log_to_driver=False, **local)
+        try:
+            remote = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(lambda task: function(task))
+            waiting = list(tasks)[::-1]
+            running: dict[Any, TaskT] = {}
+            # A few tasks more than processors: enough to keep them busy, few to hold in memory.
+            window = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
+            while waiting or running:
+                while waiting and len(running) < window:
+                    task = waiting.pop()
+                    running[remote.remote(task)] = task
+                (ready,), _ = ray.wait(list(running), num_returns=1)
+                yield _ray_result(ray, ready, running.pop(ready))
+        finally:
+            if own:
+                ray.shutdown()
+
+
+def import_ray() -> Any:
+    """ray, or the error that says which extra brings it."""
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtraError("ray", "ray") from error
+    return ray
+
+
+def _ray_result(ray: Any, ready: Any, task: Named) -> Any:
+    """A finished task's result; its errors as the local engine would raise them."""
+    try:
+        return ray.get(ready)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise DataError(
+            f"Ray gave up writing {task.name} after {ATTEMPTS} attempts "
+            f"({type(error).__name__}); the other shards are intact: run the same command again"
+        ) from error

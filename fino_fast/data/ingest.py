@@ -74,18 +74,23 @@ class Request:
     check: bool = True
     max_reject: Allowance = Allowance(share=0.001)
     retry_rejects: bool = False
+    part: tuple[int, int] | None = None
+    """(i, n): write every n-th shard from the i-th on; n such processes make a set."""
 
 
 @dataclass
 class Report:
     """What an ingest did, and what the whole set holds now."""
 
-    manifest: Manifest
+    manifest: Manifest | None
+    """None where other processes still have shards to write."""
     shards_written: int
     rejects: dict[str, int]
     """Rejected rows of the whole set by code."""
     unknown: dict[str, dict[str, int]] = field(default_factory=dict)
     """Values outside a declared vocabulary, taken as missing, by factor."""
+    shards_missing: int = 0
+    """Shards that other processes have not written yet."""
 
 
 Progress = Callable[[Receipt, int], None]
@@ -108,39 +113,82 @@ def ingest(request: Request, engine: Engine, progress: Progress | None = None) -
         raise ConfigError(f"{request.images}: is no folder of images")
     inputs = _inputs(request)
     request.out.mkdir(parents=True, exist_ok=True)
+    if request.part is not None:
+        return _ingest_part(request, inputs, engine, progress)
     with locked(request.out):
         remove_temporaries(request.out)
         plans = read_plans(request.out)
         _check_inputs(request, plans, inputs)
         # An unfinished plan is finished before another one is made.
-        before = _write_missing(request, plans, engine, progress)
-        rows = None
-        if not plans or plans[-1].inputs != inputs or request.retry_rejects:
-            rows = _read_rows(request)
-            new = _plan_new_rows(request, plans, before.receipts, inputs, rows)
-            plans += [new] if new else []
-        after = _write_missing(request, plans, engine, progress)
-        rejects = write_rejects(request.out, plans, after.receipts)
-        _check_rejects(request, rejects, sum(receipt.samples for receipt in after.receipts))
-        manifest = seal(request.out, plans, after.receipts)
-    return Report(
-        manifest=manifest,
-        shards_written=before.written + after.written,
-        rejects=dict(Counter(rejects["code"].to_pylist())),
-        unknown=rows.unknown if rows else {},
-    )
+        written = _write_missing(request, plans, engine, progress)
+        unknown = _plan_further(request, plans, inputs)
+        written += _write_missing(request, plans, engine, progress)
+        return _finish(request, plans, written, unknown)
+
+
+def _ingest_part(
+    request: Request, inputs: Inputs, engine: Engine, progress: Progress | None
+) -> Report:
+    """One of several processes that share the shards of one plan without talking to each other.
+
+    Whoever comes first makes the plan, whoever ends last seals; in between nobody holds the lock,
+    as each writes files that no other one writes.
+    """
+    if request.retry_rejects:
+        raise ConfigError(
+            "rejects are tried again by one ingest for all, without a share of shards"
+        )
+    with locked(request.out, wait=True):
+        plans = read_plans(request.out)
+        _check_inputs(request, plans, inputs)
+        unknown = {}
+        if not plans or plans[-1].inputs != inputs:
+            unknown = _plan_further(request, plans, inputs)
+    written = _write_missing(request, plans, engine, progress)
+    with locked(request.out, wait=True):
+        remaining = sum(committed_receipt(task) is None for task in _tasks(request, plans))
+        if remaining:
+            return Report(None, written, {}, unknown, remaining)
+        remove_temporaries(request.out)
+        return _finish(request, plans, written, unknown)
+
+
+def _plan_further(request: Request, plans: list[Plan], inputs: Inputs) -> dict[str, dict[str, int]]:
+    """Append a plan of what is new in the table, if anything; return the unknown values."""
+    if plans and plans[-1].inputs == inputs and not request.retry_rejects:
+        return {}
+    rows = _read_rows(request)
+    new = _plan_new_rows(request, plans, inputs, rows)
+    plans += [new] if new else []
+    return rows.unknown
+
+
+def _finish(
+    request: Request, plans: list[Plan], written: int, unknown: dict[str, dict[str, int]]
+) -> Report:
+    """Seal what is complete.
+
+    Raises:
+        TooManyRejectsError: more images were rejected than allowed.
+        DataError: a shard is missing.
+    """
+    receipts = _receipts(request, plans)
+    rejects = write_rejects(request.out, plans, receipts)
+    _check_rejects(request, rejects, sum(receipt.samples for receipt in receipts))
+    manifest = seal(request.out, plans, receipts)
+    return Report(manifest, written, dict(Counter(rejects["code"].to_pylist())), unknown)
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
+def locked(out: Path, wait: bool = False) -> Iterator[None]:
     """Hold a set for writing. The system drops the lock with the process: none is ever stale.
 
     Raises:
-        DataError: another ingest holds it.
+        DataError: another ingest holds it, and `wait` is not set.
     """
     with (out / LOCK).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise DataError(
                 f"{out}: another ingest is writing there; wait until it ends"
@@ -202,13 +250,6 @@ def _check_inputs(request: Request, plans: list[Plan], inputs: Inputs) -> None:
         )
 
 
-@dataclass
-class _Written:
-    receipts: list[Receipt]
-    """Of all shards, in order."""
-    written: int
-
-
 def _tasks(request: Request, plans: list[Plan]) -> list[WriteTask]:
     return [
         WriteTask(
@@ -227,19 +268,24 @@ def _tasks(request: Request, plans: list[Plan]) -> list[WriteTask]:
     ]
 
 
+def _receipts(request: Request, plans: list[Plan]) -> list[Receipt]:
+    """The receipts of all committed shards, in order."""
+    receipts = map(committed_receipt, _tasks(request, plans))
+    return [receipt for receipt in receipts if receipt is not None]
+
+
 def _write_missing(
     request: Request, plans: list[Plan], engine: Engine, progress: Progress | None
-) -> _Written:
-    """Write every planned shard that has no receipt."""
-    tasks = _tasks(request, plans)
-    receipts = {task.name: committed_receipt(task) for task in tasks}
-    missing = [task for task in tasks if receipts[task.name] is None]
+) -> int:
+    """Write every planned shard (of this process's part) that has no receipt; count them."""
+    first, step = request.part or (0, 1)
+    tasks = _tasks(request, plans)[first::step]
+    missing = [task for task in tasks if committed_receipt(task) is None]
     total = sum(task.shard.rows for task in missing)
     for receipt in engine.run(write_shard, missing):
-        receipts[receipt.name] = receipt
         if progress:
             progress(receipt, total)
-    return _Written([receipt for receipt in receipts.values() if receipt], len(missing))
+    return len(missing)
 
 
 def _read_rows(request: Request) -> Rows:
@@ -253,9 +299,7 @@ def _read_rows(request: Request) -> Rows:
     return parse_rows(table, declaration, request.id_column, request.path_column)
 
 
-def _plan_new_rows(
-    request: Request, plans: list[Plan], receipts: list[Receipt], inputs: Inputs, rows: Rows
-) -> Plan | None:
+def _plan_new_rows(request: Request, plans: list[Plan], inputs: Inputs, rows: Rows) -> Plan | None:
     """Plan what no earlier generation planned, and, if asked for, what was rejected."""
     fresh = np.ones(len(rows), dtype=bool)
     again = np.zeros(len(rows), dtype=bool)
@@ -270,7 +314,8 @@ def _plan_new_rows(
         ).combine_chunks()
         fresh = ~np.asarray(pc.is_in(rows.ids, value_set=earlier["id"].combine_chunks()))
         if request.retry_rejects:
-            rejected = write_rejects(request.out, plans, receipts)["id"].combine_chunks()
+            rejects = write_rejects(request.out, plans, _receipts(request, plans))
+            rejected = rejects["id"].combine_chunks()
             again = np.asarray(pc.is_in(rows.ids, value_set=rejected))
         _check_unchanged(rows, earlier, np.flatnonzero(~fresh & ~again))
     places = np.flatnonzero(fresh | again)

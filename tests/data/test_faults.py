@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from fino_fast.data import ShardSet
-from fino_fast.data.engines import LocalEngine
+from fino_fast.data.engines import Engine, LocalEngine
 from fino_fast.data.files import TEMPORARY, committed
 from fino_fast.data.ingest import LOCK, ingest
 from fino_fast.data.verify import verify
@@ -65,11 +65,11 @@ class KillAlways:
 
 
 class Replaced:
-    """The local engine with another task function."""
+    """An engine with another task function."""
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, engine: Engine) -> None:
         self.function = function
-        self.engine = LocalEngine(2)
+        self.engine = engine
 
     def run(self, function: Any, tasks: Sequence[Any]) -> Iterator[Any]:
         return self.engine.run(self.function, tasks)
@@ -78,7 +78,10 @@ class Replaced:
 def test_a_killed_worker_costs_nothing(clean: tuple[Lab, dict[str, bytes]], tmp_path: Path) -> None:
     lab, expected = clean
     flag = tmp_path / "killed"
-    ingest(lab.request(out=tmp_path / "out"), Replaced(KillOnce(flag, "shard-0000-000001")))
+    ingest(
+        lab.request(out=tmp_path / "out"),
+        Replaced(KillOnce(flag, "shard-0000-000001"), LocalEngine(2)),
+    )
     assert flag.exists()
     assert content(tmp_path / "out") == expected
 
@@ -89,7 +92,7 @@ def test_a_task_that_keeps_killing_workers_is_named(
     lab, expected = clean
     request = lab.request(out=tmp_path / "out")
     with pytest.raises(DataError, match=r"workers died 3 times while writing shard-0000-0"):
-        ingest(request, Replaced(KillAlways()))
+        ingest(request, Replaced(KillAlways(), LocalEngine(2)))
     with pytest.raises(DataError, match="no sealed set"):
         ShardSet.open(tmp_path / "out")
     ingest(request, Serial())

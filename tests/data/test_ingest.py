@@ -95,6 +95,17 @@ def test_same_bytes_from_1_2_and_7_workers(lab: Lab) -> None:
     assert outputs[0] == outputs[1] == outputs[2]
 
 
+def test_parts_make_the_same_set_and_the_last_seals(lab: Lab) -> None:
+    lab.ingest()
+    whole = lab.root / "parts"
+    for part in (2, 0):
+        report = ingest(lab.request(out=whole, part=(part, 3)), Serial())
+        assert (report.manifest, report.shards_missing > 0) == (None, True)
+    report = ingest(lab.request(out=whole, part=(1, 3)), Serial())
+    assert report.manifest is not None
+    assert content(whole) == content(lab.out)
+
+
 def test_rerun_of_a_finished_ingest_does_nothing(lab: Lab) -> None:
     first = lab.ingest()
     before = {path: path.stat().st_mtime_ns for path in lab.out.glob("*.tar")}
