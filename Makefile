@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 SEEDS  ?= 1
+RESULTS := benchmarks/results
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := -c requirements/constraints.txt
 
@@ -15,7 +16,7 @@ setup: $(VENV)/.built
 $(VENV)/.packages: requirements/constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(LOCK) torch torchvision setuptools wheel pybind11 ninja numpy
-	FINO_BUILD=0 $(PIP) install -q $(LOCK) --no-build-isolation -e '.[all,demo,test,lint]'
+	FINO_BUILD=0 $(PIP) install -q $(LOCK) --no-build-isolation -e '.[all,demo,test,lint,bench]'
 	touch $@
 
 # The native build, again when a source changes.
@@ -34,8 +35,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One quiet machine, nothing else running; the README's table is rewritten from the result.
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-enable
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest benchmarks -o timeout=0 --benchmark-only --benchmark-json=$(RESULTS)/benchmarks.json
+	$(BIN)/python benchmarks/report.py $(RESULTS)/benchmarks.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info fino_fast/*.so

@@ -1,0 +1,97 @@
+"""From pytest-benchmark's JSON to a Markdown table, plots, and the README's copy of the table.
+
+python benchmarks/report.py benchmarks/results/benchmarks.json
+"""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+README = Path(__file__).parent.parent / "README.md"
+MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    source: Path = parser.parse_args().json
+    runs = json.loads(source.read_text(encoding="utf-8"))
+    text = table(runs["benchmarks"]) + "\n" + machine(runs) + "\n"
+    source.with_suffix(".md").write_text(text, encoding="utf-8")
+    for group in sorted({run["name"].split("[")[0] for run in runs["benchmarks"]}):
+        members = [r for r in runs["benchmarks"] if r["name"].split("[")[0] == group]
+        plot(group.removeprefix("test_"), members, source.parent)
+    readme = README.read_text(encoding="utf-8")
+    before, rest = readme.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    README.write_text(f"{before}{MARKS[0]}\n{text}{MARKS[1]}{after}", encoding="utf-8")
+    print(text)
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Ratios of median times: how many times faster the native backend is than each peer."""
+    peers = list(dict.fromkeys(peer for run in runs for peer in run["extra_info"]["speedup"]))
+    head = ["work (forward + backward)", "time", *(f"× {p}" for p in peers), "GEMM", "memory"]
+    lines = [" | ".join(head), " | ".join(["---"] * len(head))]
+    for run in runs:
+        info = run["extra_info"]
+        sizes = ", ".join(f"{key} = {value:,}" for key, value in (run["params"] or {}).items())
+        memory, eager = info["memory_mb"]["native"], info["memory_mb"]["eager"]
+        cells = [
+            f"{run['name'].split('[')[0].removeprefix('test_').replace('_', ' ')}, {sizes}",
+            f"{info['seconds']['native'] * 1e3:.1f} ms",
+            *(f"{info['speedup'][p]:.2f}" if p in info["speedup"] else "–" for p in peers),
+            f"{info['gemm_share']:.0%}",
+            f"{memory:.0f} MB (eager {eager:.0f})",
+        ]
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def machine(runs: dict[str, Any]) -> str:
+    cpu = runs["machine_info"]["cpu"].get("brand_raw", platform.processor())
+    return (
+        f"fp32, {torch.get_num_threads()} threads of {cpu}, torch {torch.__version__}, "
+        f"{runs['datetime'][:10]}. “× peer”: the peer's median time over ours in interleaved "
+        f"rounds. GEMM: share of the rate of a 2048² product in the same rounds, counting only the "
+        f"products that the algorithm needs. Memory: resident peak of one step."
+    )
+
+
+def plot(group: str, runs: list[dict[str, Any]], folder: Path) -> None:
+    """Time and memory against the first parameter, one line a contender, log–log."""
+    axis, *others = runs[0]["params"]
+    for fixed in sorted({tuple(run["params"][o] for o in others) for run in runs}):
+        chosen = [r for r in runs if tuple(r["params"][o] for o in others) == fixed]
+        chosen.sort(key=lambda run: run["params"][axis])
+        figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        for panel, key, unit in zip(
+            panels, ("seconds", "memory_mb"), ("seconds", "MB at the peak"), strict=True
+        ):
+            for peer in chosen[-1]["extra_info"][key]:
+                points = [
+                    (run["params"][axis], run["extra_info"][key][peer])
+                    for run in chosen
+                    if peer in run["extra_info"][key]
+                ]
+                panel.plot(*zip(*points, strict=True), marker="o", label=peer)
+            panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=unit)
+            panel.grid(which="both", alpha=0.3)
+        panels[0].legend()
+        suffix = "".join(f", {o} = {v}" for o, v in zip(others, fixed, strict=True))
+        figure.suptitle(f"{group.replace('_', ' ')}{suffix}: forward + backward")
+        name = "_".join([group, *(f"{o}{v}" for o, v in zip(others, fixed, strict=True))])
+        figure.savefig(folder / f"{name}.png", dpi=120)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
