@@ -222,14 +222,18 @@ def test_a_model_without_weights_to_fetch() -> None:
 
 
 def test_foreign_names_go_through_timms_conversion(tmp_path: Path) -> None:
-    """Registers as Meta's DINOv2 names them."""
-    options = {"reg_tokens": 4}
+    """Registers as Meta's DINOv2 keeps them: other names, the class token in the embedding."""
+    options = {"reg_tokens": 4, "no_embed_class": True}
     source = build_backbone(VIT, image_size=32, options=options)
     state = source.state_dict()
     state["register_tokens"] = state.pop("reg_token")
     state["mask_token"] = torch.zeros(1, 64)
+    state["pos_embed"] = torch.cat([torch.ones(1, 1, 64), state["pos_embed"]], dim=1)
     torch.save(state, tmp_path / "dinov2.pth")
     target = build_backbone(VIT, image_size=32, options=options)
     report = load_weights(target, tmp_path / "dinov2.pth")
     assert not report.missing
+    assert not report.unexpected
     assert torch.equal(target.reg_token, source.reg_token)
+    assert torch.equal(target.pos_embed, source.pos_embed)
+    assert torch.equal(target.cls_token, source.cls_token + 1)

@@ -67,6 +67,19 @@ def test_everything_moves_when_nothing_is_frozen() -> None:
     assert {"loss", "contrastive", "plate", "lambda", "grad_norm"} <= terms.keys()
 
 
+def test_the_bank_is_filled_by_the_teacher() -> None:
+    job = learner(backbone={"name": "test_resnet", "freeze": 0.5}, teacher={"momentum": 1.0})
+    views, metadata = batch()
+    with torch.no_grad():
+        for parameter in job.teacher.parameters():
+            parameter.mul_(1.5)
+        rows = torch.nn.functional.normalize(embed(job.teacher, views)[1, 1], dim=0)
+        first = torch.nn.functional.normalize(embed(job.teacher, views)[0, 1], dim=0)
+    job.step(0, views, metadata)
+    mixed = torch.nn.functional.normalize(0.99 * first + 0.01 * rows, dim=0)
+    torch.testing.assert_close(job.student.criterion.heads["plate"].centroids[1], mixed)
+
+
 def test_a_frozen_backbone_stays_bit_for_bit_until_it_is_freed() -> None:
     job = learner(Schedule(10, 0, 2))
     backbone, projector = state(job.student.backbone), state(job.student.projector)

@@ -361,6 +361,15 @@ def test_harmless_changes_and_a_moved_run(
     assert checkpoints(moved) == [path_of(moved, STEPS)]
 
 
+def test_other_data_are_refused(five_channel_shards: Path, tmp_path: Path, shards: Path) -> None:
+    views = {"size": 32, "mean": [0.5], "std": [0.5]}
+    begun = run_config(shards, tmp_path / "run", views=views, epochs=1)
+    train(begun)
+    other = run_config(five_channel_shards, tmp_path / "run", views=views, epochs=1)
+    with pytest.raises(FinoError, match="cannot resume: manifest was"):
+        train(other, resume=True)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_named(shards: Path, started_run: Path, name: str) -> None:
     path = path_of(started_run, 4) / name
