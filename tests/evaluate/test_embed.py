@@ -82,7 +82,9 @@ def test_metadata_stand_beside_the_features(
     assert None in cameras
     np.testing.assert_array_equal(back.values("exposure"), sealed.raw("exposure")[found.rows])
     assert back.about["manifest_hash"] == sealed.manifest_hash
-    assert pq.read_table(tmp_path / "out" / "samples.parquet")["row"].to_pylist() == list(found.rows)
+    assert pq.read_table(tmp_path / "out" / "samples.parquet")["row"].to_pylist() == list(
+        found.rows
+    )
     with pytest.raises(DataError, match="factor 'tags'"):
         back.values("tags")
     with pytest.raises(DataError, match="no factor 'plate'"):
