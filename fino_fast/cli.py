@@ -51,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     except FinoError as error:
         print(f"fino-fast {name}: error: {error}", file=sys.stderr)
         return error.exit_code
+    except SystemExit as stop:  # argparse: --help, or a usage that it explained
+        # Its 2 would be read as "too many rejects"; see TooManyRejectsError.
+        return 1 if stop.code else 0
     except KeyboardInterrupt:
         print(f"\nfino-fast {name}: interrupted", file=sys.stderr)
         return 130

@@ -1,5 +1,6 @@
 """What every command's configuration shares: strict models, YAML files, readable errors."""
 
+import inspect
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,6 +58,11 @@ class CommandModel(BaseSettings):
         cli_hide_none_type=True,
         cli_avoid_json=True,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        # The help prints the docstring as it stands, with the indentation of the source.
+        cls.__doc__ = inspect.cleandoc(cls.__doc__ or "")
 
     @classmethod
     def settings_customise_sources(
