@@ -1,4 +1,4 @@
-"""A small sealed set whose images carry their metadata in plain sight, and a set of its embeddings."""
+"""A small sealed set whose images carry their metadata in plain sight."""
 
 import csv
 from pathlib import Path
