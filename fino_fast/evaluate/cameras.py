@@ -19,8 +19,8 @@ from scipy.ndimage import gaussian_filter
 
 Plane = NDArray[np.float32]
 
-# Parameter → (low, high, drawn on a logarithmic scale). Wide enough that the cameras are told apart
-# by eye, narrow enough that a crack in a cell stays visible in every one of them.
+# Parameter → (low, high, drawn on a logarithmic scale). Wide: a dark, noisy camera with a hard tone
+# curve hardly shows a fine crack.
 RANGES: dict[str, tuple[float, float, bool]] = {
     "gain": (0.35, 1.1, True),
     "gamma": (0.45, 2.2, True),
