@@ -7,7 +7,7 @@ RESULTS := benchmarks/results
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := -c requirements/constraints.txt
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint sanitize bench clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -34,6 +34,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The kernels alone under the address and undefined-behaviour sanitizers; part of `make test`.
+sanitize: setup
+	$(BIN)/python -m pytest tests/csrc
 
 # One quiet machine, nothing else running; the README's table is rewritten from the result.
 bench: setup

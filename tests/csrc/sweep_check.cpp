@@ -1,0 +1,175 @@
+// The torch-free kernels on buffers of exactly the size they may touch, for the sanitizers, against
+// loops that follow the formulas. Prints the largest error; exits non-zero where it is too large.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "cpu/capability.h"
+#include "cpu/sweep.h"
+
+namespace {
+
+using Vector = std::vector<double>;
+
+template <typename T>
+void gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
+          int64_t ldb, bool accumulate, T* c, int64_t ldc) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = accumulate ? c[i * ldc + j] : 0;
+      for (int64_t l = 0; l < k; ++l)
+        sum += double(ta ? a[l * lda + i] : a[i * lda + l]) * (tb ? b[j * ldb + l] : b[l * ldb + j]);
+      c[i * ldc + j] = T(sum);
+    }
+}
+
+template <typename T>
+const fino::Runtime<T> runtime = {
+    gemm<T>,
+    // Two pieces, so that a boundary falls somewhere.
+    [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+      if (n > 1) body(0, n / 2);
+      body(n > 1 ? n / 2 : 0, n);
+    },
+};
+
+double worst = 0;
+
+void compare(double found, double expected) {
+  const double error = std::abs(found - expected) / (1 + std::abs(expected));
+  if (!(error <= worst)) worst = error;  // NaN too
+}
+
+template <typename T>
+std::vector<T> random(std::mt19937& generator, int64_t count) {
+  std::normal_distribution<double> normal;
+  std::vector<T> values(count);
+  for (T& value : values) value = T(normal(generator));
+  return values;
+}
+
+template <typename T>
+void check_contrastive(std::mt19937& generator, int64_t n, int64_t d, double scale) {
+  const std::vector<T> x = random<T>(generator, n * d);
+  std::vector<T> unit(n * d), norms(n), lse(n), lse_cross(n), g(n * d, 0), g_cross(n * d);
+  fino::normalize_rows(runtime<T>, x.data(), n, d, unit.data(), norms.data());
+  fino::cross_logsumexp<T>(runtime<T>, unit.data(), n, unit.data(), n, d, T(scale), 0,
+                           lse_cross.data());
+  fino::cross_gradient<T>(runtime<T>, unit.data(), n, unit.data(), n, d, T(scale), 0,
+                          lse_cross.data(), lse_cross.data(), g_cross.data());
+  if (scale <= fino::max_bounded_scale) {
+    fino::pair_logsumexp<T>(runtime<T>, unit.data(), n, d, T(scale), lse.data());
+    fino::pair_gradient<T>(runtime<T>, unit.data(), n, d, T(scale), lse.data(), g.data());
+  } else {
+    lse = lse_cross;
+    g = g_cross;
+  }
+  Vector s(n * n), expected(n);
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      double dot = 0;
+      for (int64_t l = 0; l < d; ++l) dot += double(unit[i * d + l]) * unit[j * d + l];
+      s[i * n + j] = scale * dot;
+      if (i != j) sum += std::exp(scale * dot - scale);
+    }
+    expected[i] = scale + std::log(sum);
+    compare(lse[i], expected[i]);
+    compare(lse_cross[i], expected[i]);
+  }
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t l = 0; l < d; ++l) {
+      double sum = 0;
+      for (int64_t j = 0; j < n; ++j)
+        if (i != j)
+          sum += (std::exp(s[i * n + j] - expected[i]) + std::exp(s[i * n + j] - expected[j])) *
+                 unit[j * d + l];
+      compare(g[i * d + l], sum);
+      compare(g_cross[i * d + l], sum);
+    }
+}
+
+template <typename T>
+void check_cross_entropy(std::mt19937& generator, int64_t n, int64_t d, int64_t k, bool prototype) {
+  const std::vector<T> x = random<T>(generator, n * d), bank = random<T>(generator, k * d);
+  std::vector<T> offset = random<T>(generator, k), scale(k, T(0.7));
+  std::vector<int64_t> target(n);
+  for (int64_t& t : target) t = int64_t(generator() % (k + 1)) - 1;
+  if (prototype && k > 1) {  // class 0 has not been seen
+    scale[0] = 0;
+    offset[0] = std::numeric_limits<T>::lowest();
+    for (int64_t& t : target) t = t == 0 ? -1 : t;
+  }
+  const T smoothing = prototype ? T(0) : T(0.1), weight = T(0.25);
+  std::vector<T> grad_x(n * d), grad_bank(k * d, 0), grad_offset(k, 0);
+  fino::Head<T> head{};
+  head.kind = prototype ? fino::HeadKind::prototype : fino::HeadKind::linear;
+  head.x = x.data();
+  head.bank = bank.data();
+  head.scale = prototype ? scale.data() : nullptr;
+  head.offset = offset.data();
+  head.target = target.data();
+  head.n = n, head.k = k, head.d = d;
+  head.smoothing = smoothing, head.weight = weight;
+  head.grad_x = grad_x.data();
+  head.grad_bank = grad_bank.data();
+  head.grad_offset = grad_offset.data();
+  const fino::RowLoss<double> sum = fino::head_sweep(runtime<T>, head);
+
+  double loss = 0;
+  Vector gx(n * d, 0), gb(k * d, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    if (target[i] < 0) continue;
+    Vector logits(k);
+    double total = 0, mean = 0;
+    for (int64_t c = 0; c < k; ++c) {
+      double dot = 0;
+      for (int64_t l = 0; l < d; ++l) dot += double(x[i * d + l]) * bank[c * d + l];
+      logits[c] = dot * (prototype ? scale[c] : 1) + offset[c];
+      total += std::exp(logits[c]);
+      mean += logits[c] / double(k);
+    }
+    loss += std::log(total) - (1 - smoothing) * logits[target[i]] -
+            (smoothing != 0 ? smoothing * mean : 0);
+    for (int64_t c = 0; c < k; ++c) {
+      const double g = weight * (prototype ? scale[c] : 1) *
+                       (std::exp(logits[c]) / total - (c == target[i] ? 1 - smoothing : 0) -
+                        smoothing / double(k));
+      for (int64_t l = 0; l < d; ++l) {
+        gx[i * d + l] += g * bank[c * d + l];
+        gb[c * d + l] += g * x[i * d + l];
+      }
+    }
+  }
+  compare(sum.loss, loss);
+  for (int64_t i = 0; i < n * d; ++i) compare(grad_x[i], gx[i]);
+  for (int64_t i = 0; i < k * d; ++i) compare(grad_bank[i], gb[i]);
+}
+
+template <typename T>
+void check_all() {
+  std::mt19937 generator(0);
+  for (const int64_t n : {1, 2, 3, 63, 64, 65, 130, 200})
+    for (const int64_t d : {1, 5, 33})
+      for (const double scale : {5.0, 39.0, 100.0})
+        if (n > 1) check_contrastive<T>(generator, n, d, scale);
+  for (const int64_t n : {1, 7, 40})
+    for (const int64_t k : {1, 2, 17, 100})
+      for (const bool prototype : {false, true}) check_cross_entropy<T>(generator, n, 6, k, prototype);
+}
+
+}  // namespace
+
+int main() {
+  check_all<double>();
+  const double wide = worst;
+  worst = 0;
+  check_all<float>();
+  std::printf("%s: largest error %.1e in fp64, %.1e in fp32\n", fino::capability().c_str(), wide,
+              worst);
+  return wide < 1e-11 && worst < 2e-4 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
