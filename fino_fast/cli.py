@@ -15,6 +15,7 @@ from .errors import FinoError, MissingExtraError
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "ingest": ("fino_fast.data.commands", "Ingest", "table + images → sealed shards"),
     "verify": ("fino_fast.data.commands", "Verify", "check every count, size and hash of shards"),
+    "inspect": ("fino_fast.data.commands", "Inspect", "a contact sheet and every factor's values"),
     "train": ("fino_fast.train.commands", "Train", "adapt a backbone on shards"),
     "embed": ("fino_fast.evaluate.commands", "Embed", "embeddings of shards by a backbone"),
     "evaluate": ("fino_fast.evaluate.commands", "Evaluate", "probes and leakage on embeddings"),

@@ -1,4 +1,4 @@
-"""`fino-fast ingest` and `fino-fast verify`: command lines, bars and summaries."""
+"""`fino-fast ingest`, `verify` and `inspect`: command lines, bars and summaries."""
 
 import os
 from pathlib import Path
@@ -13,10 +13,13 @@ from fino_fast.errors import ConfigError, DataError
 
 from .declaration import Declaration
 from .engines import Engine, LocalEngine, RayEngine
+from .files import committed
 from .infer import infer_schema
 from .ingest import SHARD_BYTES, Allowance, Report, Request, ingest
+from .inspect import contact_sheet, summary_lines
 from .manifest import Manifest, SealedShard
 from .schema import shorten
+from .shardset import ShardSet
 from .verify import verify
 from .write import Receipt
 
@@ -126,6 +129,31 @@ class Verify(CommandModel):
         if faults:
             raise DataError(f"{self.shards}: {len(faults)} of {len(sealed.shards)} shards differ")
         print(f"{self.shards}: {sealed.samples} samples in {len(sealed.shards)} shards are sound")
+        return 0
+
+
+class Inspect(CommandModel):
+    """Look at a sealed set before training: a contact sheet and every factor's distribution."""
+
+    shards: CliPositionalArg[Path]
+    """Folder of the shards."""
+    sheet: Path = Path("contact-sheet.png")
+    """Where to write the contact sheet."""
+    split: str | None = None
+    """Split to take its images from; the adaptation split when left out."""
+    count: int = Field(default=64, ge=1, le=4096)
+    """Images on it."""
+    seed: int = Field(default=0, ge=0)
+    """Which images."""
+
+    def run(self) -> int:
+        shards = ShardSet.open(self.shards)
+        split = self.split or shards.schema.declaration.adaptation_split
+        picture = contact_sheet(shards, split, self.count, self.seed)
+        with committed(self.sheet) as file:
+            picture.save(file, "PNG")
+        print("\n".join(summary_lines(shards)))
+        print(f"\n{self.sheet}: contact sheet of the split {split!r}")
         return 0
 
 

@@ -57,14 +57,18 @@ def pixel_form(shards: ShardSet, rows: np.ndarray, views: Views) -> PixelForm:
         )
     # Grey images are decoded and resized as one channel; beside colour they are decoded as RGB.
     stored = found[0] if len(found) == 1 else wanted
+    views.per_channel(wanted)
+    return PixelForm(dtype, stored, wanted, white_value(shards, dtype))
+
+
+def white_value(shards: ShardSet, dtype: str) -> float:
+    """The pixel value that counts as 1 in images of a type."""
     declared = shards.schema.declaration.images
-    white = {
+    return {
         "uint8": 255.0,
         "uint16": float(2 ** (declared.bits_used or 16) - 1),
         "float32": declared.scale or 1.0,
     }[dtype]
-    views.per_channel(wanted)
-    return PixelForm(dtype, stored, wanted, white)
 
 
 def decode_sample(shards: ShardSet, row: int, payload: bytes) -> Pixels:

@@ -8,6 +8,7 @@ wrote", so any worker can write any shard, any number of times, with the same by
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
@@ -132,33 +133,25 @@ def make_plan(
     key = derive_key(inputs.seed, PLAN, generation)
     # Row i of the table goes to place order[i]; taking by the inverse shuffles the table.
     shuffled = np.argsort(permute(np.arange(count), count, key))
-    sizes, mtimes, codes, details = _survey(images, rows.paths.take(pa.array(shuffled)))
-    table = pa.table(
-        {
-            "row": np.arange(first_row, first_row + count),
-            "table_row": table_rows[shuffled],
-            "id": rows.ids.take(pa.array(shuffled)),
-            "path": rows.paths.take(pa.array(shuffled)),
-            "split": rows.splits.take(pa.array(shuffled)),
-            "size": sizes,
-            "mtime_ns": mtimes,
-            "code": pa.array(codes, pa.string()),
-            "detail": pa.array(details, pa.string()),
-        }
-        | {FACTOR + name: raw.take(pa.array(shuffled)) for name, raw in rows.raw.items()}
-    )
-    shards = list(_cut(sizes, generation, first_row, inputs.shard_bytes))
+    found = _survey(images, rows.paths)
+    shards = list(_cut(found.sizes[shuffled], generation, first_row, inputs.shard_bytes))
     folder = plan_folder(out, generation)
     folder.mkdir(exist_ok=True)
-    with (
-        committed(folder / "rows.parquet") as file,
-        pq.ParquetWriter(file, table.schema, compression="zstd") as writer,
-    ):
+    with committed(folder / "rows.parquet") as file:
+        writer = None
         for shard in shards:
-            # One row group a shard, so that its worker reads nothing else.
-            writer.write_table(
-                table.slice(shard.first_row - first_row, shard.rows), row_group_size=shard.rows
-            )
+            # One row group a shard, so that its worker reads nothing else; and shuffled shard by
+            # shard, because a second copy of the whole table would not fit beside the first.
+            start = shard.first_row - first_row
+            places = shuffled[start : start + shard.rows]
+            part = _planned_table(rows.taken(pa.array(places)), found, places)
+            part = part.add_column(0, "table_row", pa.array(table_rows[places]))
+            numbers = np.arange(shard.first_row, shard.first_row + shard.rows)
+            part = part.add_column(0, "row", pa.array(numbers))
+            writer = writer or pq.ParquetWriter(file, part.schema, compression="zstd")
+            writer.write_table(part, row_group_size=shard.rows)
+        if writer is not None:
+            writer.close()
     schema_sha256 = write_json(folder / "schema.json", schema.content())
     plan = Plan(
         generation=generation,
@@ -173,29 +166,51 @@ def make_plan(
     return plan
 
 
-def _survey(
-    images: Path, paths: pa.Array
-) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str | None], list[str | None]]:
-    """Size, time of change, and code and detail of what cannot be found, for every path."""
+@dataclass
+class _Survey:
+    """The source files as they were found, in the order of the table."""
+
+    sizes: NDArray[np.int64]
+    mtimes: NDArray[np.int64]
+    rejected: dict[int, ImageRejected]
+    """Rows whose file cannot be taken, and why."""
+
+
+def _survey(images: Path, paths: pa.Array) -> _Survey:
+    """Look every path up."""
     root = Root(images)
-    sizes = np.zeros(len(paths), dtype=np.int64)
-    mtimes = np.zeros(len(paths), dtype=np.int64)
-    codes: list[str | None] = [None] * len(paths)
-    details: list[str | None] = [None] * len(paths)
+    found = _Survey(np.zeros(len(paths), np.int64), np.zeros(len(paths), np.int64), {})
 
     def look(start: int) -> None:
         for i, path in enumerate(paths.slice(start, _STAT_CHUNK).to_pylist(), start):
             try:
                 source = root.find(path)
             except ImageRejected as rejection:
-                codes[i], details[i] = rejection.code, rejection.detail
+                found.rejected[i] = rejection
             else:
-                sizes[i], mtimes[i] = source.size, source.mtime_ns
+                found.sizes[i], found.mtimes[i] = source.size, source.mtime_ns
 
     # Threads hide the latency of network file systems; locally they do no harm.
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         list(pool.map(look, range(0, len(paths), _STAT_CHUNK)))
-    return sizes, mtimes, codes, details
+    return found
+
+
+def _planned_table(rows: Rows, found: _Survey, places: NDArray[np.int64]) -> pa.Table:
+    """The planned rows of one shard, whose numbers in the table are `places`."""
+    rejected = [found.rejected.get(place) for place in places.tolist()]
+    return pa.table(
+        {
+            "id": rows.ids,
+            "path": rows.paths,
+            "split": rows.splits,
+            "size": found.sizes[places],
+            "mtime_ns": found.mtimes[places],
+            "code": pa.array([each and each.code for each in rejected], pa.string()),
+            "detail": pa.array([each and each.detail for each in rejected], pa.string()),
+        }
+        | {FACTOR + name: raw for name, raw in rows.raw.items()}
+    )
 
 
 def _cut(

@@ -129,7 +129,7 @@ class ShardSet:
         Raises:
             DataError: the set has no such factor, or its table is damaged.
         """
-        raw = self._factor(name)
+        raw = self.raw_column(name)
         return self.schema.factors[name].encode(raw)
 
     def raw(self, name: str) -> list[str | None] | list[list[str] | None] | NDArray[np.float64]:
@@ -142,7 +142,7 @@ class ShardSet:
         Raises:
             DataError: the set has no such factor, or its table is damaged.
         """
-        values = self._factor(name)
+        values = self.raw_column(name)
         if self.schema.factors[name].moments is None:
             strings: list[str | None] = values.to_pylist()
             return strings
@@ -195,7 +195,12 @@ class ShardSet:
         finally:
             os.close(descriptor)
 
-    def _factor(self, name: str) -> pa.Array:
+    def raw_column(self, name: str) -> pa.Array:
+        """One factor's values for all samples as an Arrow array; null is missing.
+
+        Raises:
+            DataError: the set has no such factor, or its table is damaged.
+        """
         if name not in self.schema.factors:
             raise DataError(
                 f"{self.folder}: no factor {name!r}; it has {list(self.schema.factors)}"

@@ -5,14 +5,13 @@ import errno
 import os
 import stat
 import unicodedata
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .images import ImageRejected
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A file as it was found: its real path, bytes and time of last change."""
 
     path: str
@@ -35,9 +34,9 @@ class Root:
         """
         if "\0" in path:
             raise ImageRejected("missing_file", "the path holds a NUL character")
-        if path.startswith("/") or ".." in path.split("/"):
+        if path.startswith("/") or (".." in path and ".." in path.split("/")):
             raise ImageRejected("path_escape", "only paths below the image folder are taken")
-        folder, name = os.path.split(path)
+        folder, _, name = path.rpartition("/")
         real_folder = self._real_folder(folder)
         if real_folder is None:
             raise ImageRejected("path_escape", f"{folder!r} leads out of the image folder")

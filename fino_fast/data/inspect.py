@@ -1,0 +1,105 @@
+"""`fino-fast inspect`: what a person looks at before training: pictures and distributions."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pyarrow.compute as pc
+from PIL import Image, ImageDraw
+
+from .order import PLAN, derive_key, permute
+from .pipeline import decode_sample, white_value
+from .schema import Factor, number_matrix
+from .shardset import ShardSet
+
+_TILE, _CAPTION, _GAP = 160, 14, 4
+_BAR, _LINES = 40, 12
+
+
+def contact_sheet(shards: ShardSet, split: str, count: int, seed: int = 0) -> Image.Image:
+    """A random sample of a split as one picture, each image with its id.
+
+    Intensities are shown as training sees them, with the declared white as white: a sheet that is
+    black or burnt out says that `bits_used` or `scale` is wrong. Of images with other than 1 or 3
+    channels the first one is shown.
+
+    Raises:
+        DataError: there is no such split, or a sample is damaged.
+    """
+    rows = shards.rows_of(split)
+    places = permute(np.arange(min(count, len(rows))), len(rows), derive_key(seed, PLAN))
+    columns = int(np.ceil(np.sqrt(len(places))))
+    lines = -(-len(places) // columns)
+    width, height = _TILE + _GAP, _TILE + _CAPTION + _GAP
+    sheet = Image.new("RGB", (columns * width, lines * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows[places].tolist()):
+        x, y = i % columns * width, i // columns * height
+        sheet.paste(_thumbnail(shards, row), (x, y))
+        draw.text((x, y + _TILE), shards.ids[row][:24], fill="black")
+    return sheet
+
+
+def _thumbnail(shards: ShardSet, row: int) -> Image.Image:
+    pixels = decode_sample(shards, row, shards.read(row))
+    pixels = pixels if pixels.shape[2] == 3 else pixels[:, :, 0]
+    share = pixels.astype(np.float32) / white_value(shards, pixels.dtype.name)
+    image = Image.fromarray((share.clip(0, 1) * 255).round().astype(np.uint8))
+    image.thumbnail((_TILE, _TILE))
+    return image.convert("RGB")
+
+
+def summary_lines(shards: ShardSet) -> list[str]:
+    """Splits, image forms and the distribution of every factor, over all samples of the set."""
+    sizes = [f"{len(shards.rows_of(name))} {name}" for name in _splits_with_samples(shards)]
+    index = shards.index
+    forms = np.unique(index[["channels", "form", "height", "width"]])
+    lines = [
+        f"{len(shards)} samples: {', '.join(sizes)}",
+        f"images: {index['height'].min()}×{index['width'].min()} to "
+        f"{index['height'].max()}×{index['width'].max()} pixels (height×width), "
+        f"{len(forms)} different forms",
+    ]
+    for name, factor in shards.schema.factors.items():
+        lines += ["", *factor_lines(shards, name, factor)]
+    return lines
+
+
+def _splits_with_samples(shards: ShardSet) -> list[str]:
+    return [shards.schema.splits[code] for code in np.unique(shards.index["split"])]
+
+
+def factor_lines(shards: ShardSet, name: str, factor: Factor) -> list[str]:
+    """A factor's distribution as bars of text."""
+    raw = shards.raw_column(name)
+    if factor.moments is None:
+        flat = pc.list_flatten(raw) if factor.kind == "multi" else raw
+        counts = Counter(flat.drop_null().to_pylist())
+        missing = raw.null_count
+        ranked = counts.most_common(_LINES)
+        bars = [(str(value), count) for value, count in ranked]
+        if len(counts) > _LINES:
+            bars.append((f"{len(counts) - _LINES} more", sum(counts.values()) - _total(ranked)))
+    else:
+        values = number_matrix(raw)
+        missing = int(np.isnan(values).any(axis=1).sum())
+        seen = values[:, 0][~np.isnan(values[:, 0])]
+        numbers, edges = np.histogram(seen, bins=_LINES)
+        bars = [
+            (f"{low:.4g} to {high:.4g}", int(n))
+            for (low, high), n in zip(itertools.pairwise(edges), numbers, strict=True)
+            if len(seen)
+        ]
+    head = f"{name} ({factor.kind}, {factor.role}): {100 * missing / len(raw):.3g} % missing"
+    if factor.moments is not None and factor.width > 1 and factor.kind != "cyclic":
+        head += f"; first of {factor.width} columns"
+    longest = max((len(label) for label, _ in bars), default=0)
+    most = max((count for _, count in bars), default=1)
+    return [
+        head,
+        *(f"  {label:<{longest}} {'█' * round(_BAR * n / most)} {n}" for label, n in bars),
+    ]
+
+
+def _total(pairs: list[tuple[str, int]]) -> int:
+    return sum(count for _, count in pairs)
