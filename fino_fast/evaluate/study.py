@@ -206,7 +206,7 @@ class Study:
         return TrainConfig(
             data=self.folder / "shards",
             output=run,
-            backbone=BackboneConfig(name=BACKBONE, weights=weights),
+            backbone=BackboneConfig(name=BACKBONE, weights=weights, batch_statistics="kept"),
             views=own.views,
             projector=ProjectorConfig(hidden=(512,), width=128),
             contrastive=ContrastiveConfig(temperature=own.temperature),

@@ -35,6 +35,9 @@ class BackboneConfig(StrictModel):
     """Further arguments of timm.create_model, such as drop_path_rate: 0.1."""
     freeze: Share = 0.0
     """Share of the steps in which the backbone does not move yet; λ counts from its end."""
+    batch_statistics: Literal["learned", "kept"] = "learned"
+    """Batch norms: normalise by the batch and learn its statistics, or keep the weights' own
+    (their scales and shifts still learn): for short runs, small batches, or narrow data."""
 
     @model_validator(mode="after")
     def one_source(self) -> Self:

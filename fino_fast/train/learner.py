@@ -60,7 +60,8 @@ class Learner:
     def _set_frozen(self, frozen: bool) -> None:
         """Freeze or unfreeze the backbone, and let the ranks average what gradients are left."""
         self._frozen = frozen
-        self.student.freeze_backbone(frozen)
+        keep = self.config.backbone.batch_statistics == "kept"
+        self.student.freeze_backbone(frozen, keep_statistics=keep)
         self._parallel = self.student
         if self.world.size > 1 and any(p.requires_grad for p in self.student.parameters()):
             # Again at the unfreezing, because DDP looks at requires_grad only once.

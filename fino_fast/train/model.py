@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fino_fast.loss import FinoLoss
 
@@ -56,7 +57,14 @@ class Student(nn.Module):
         )
         return loss, terms
 
-    def freeze_backbone(self, frozen: bool) -> None:
-        """Hold the backbone still (weights, batch statistics, dropout), or let it learn."""
+    def freeze_backbone(self, frozen: bool, *, keep_statistics: bool = False) -> None:
+        """Hold the backbone still (weights, batch statistics, dropout), or let it learn.
+
+        With `keep_statistics` its batch norms keep their statistics when it learns, too.
+        """
         self.train()
         self.backbone.requires_grad_(not frozen).train(not frozen)
+        if keep_statistics:
+            for layer in self.backbone.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.eval()

@@ -94,6 +94,21 @@ def test_a_frozen_backbone_stays_bit_for_bit_until_it_is_freed() -> None:
     assert guidance[3] > 0.99
 
 
+def test_kept_statistics_stay_while_the_weights_learn() -> None:
+    job = learner(backbone={"name": "test_resnet", "batch_statistics": "kept"})
+    before = state(job.student.backbone)
+    job.step(0, *batch())
+    moved = {k for k, v in job.student.backbone.state_dict().items() if not v.equal(before[k])}
+    statistics = {key for key in before if "running" in key or "num_batches" in key}
+    assert statistics
+    assert not moved & statistics
+    assert any(key.endswith("bn1.weight") for key in moved)  # scales and shifts learn
+    learned = learner()
+    learned.step(0, *batch())
+    after = learned.student.backbone.state_dict()
+    assert not any(after[key].equal(before[key]) for key in statistics)
+
+
 def test_a_step_depends_on_its_number_not_on_what_was_drawn_before() -> None:
     losses = []
     for noise in (0, 3):
