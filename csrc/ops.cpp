@@ -236,12 +236,20 @@ struct HeadOutput {
   Tensor grad_x, grad_bank, grad_offset;
 };
 
+// The rows with a label or an observed value, and zeros: a row that takes no part may hold anything,
+// and 0 · NaN in the products would let it in. Copies only where there is such a row.
+Tensor without_unlabelled(const Tensor& x, const Tensor& target, bool classes) {
+  const Tensor unlabelled = classes ? target < 0 : target.isnan().view({x.size(0), -1}).all(1);
+  return unlabelled.any().item<bool>() ? x.masked_fill(unlabelled.unsqueeze(1), 0) : x;
+}
+
 template <typename T>
 HeadOutput head_of(const HeadTensors& in, bool want_x, bool want_bank) {
   const auto options = at::TensorOptions().dtype(scalar_type<T>);
   const bool prototype = in.kind == HeadKind::prototype;
   want_bank = want_bank && !prototype;
-  Tensor x = dense<T>(in.x), norms;
+  const bool classes = prototype || in.kind == HeadKind::linear;
+  Tensor x = without_unlabelled(dense<T>(in.x), in.target, classes), norms;
   const Tensor bank = dense<T>(in.bank);
   Tensor offset = dense<T>(in.offset), scale, target = in.target.contiguous();
   if (prototype) {
@@ -252,7 +260,7 @@ HeadOutput head_of(const HeadTensors& in, bool want_x, bool want_bank) {
     const Tensor length = at::linalg_vector_norm(bank, 2, at::IntArrayRef{1}).clamp_min(1e-12);
     scale = (length * offset).reciprocal().masked_fill_(unseen, 0);
     offset = at::zeros_like(scale).masked_fill_(unseen, std::numeric_limits<T>::lowest());
-  } else if (in.kind != HeadKind::linear) {
+  } else if (!classes) {
     target = dense<T>(target);
   }
   HeadOutput out;
@@ -260,7 +268,6 @@ HeadOutput head_of(const HeadTensors& in, bool want_x, bool want_bank) {
   out.grad_bank = want_bank ? at::zeros_like(bank) : at::empty({0}, options);
   out.grad_offset = want_bank ? at::zeros_like(offset) : at::empty({0}, options);
 
-  const bool classes = prototype || in.kind == HeadKind::linear;
   Head<T> head{};
   head.kind = in.kind;
   head.x = x.data_ptr<T>();
