@@ -7,7 +7,7 @@ RESULTS := benchmarks/results
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := -c requirements/constraints.txt
 
-.PHONY: setup demo test lint sanitize bench clean
+.PHONY: setup demo test lint sanitize bench gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -44,6 +44,10 @@ bench: setup
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest benchmarks -o timeout=0 --benchmark-only --benchmark-json=$(RESULTS)/benchmarks.json
 	$(BIN)/python benchmarks/report.py $(RESULTS)/benchmarks.json
+
+# Compiles the GPU kernels for chips that are not there, and writes the table of docs/gpu.md.
+gpu-check: setup
+	TRITON_INTERPRET=0 $(BIN)/python -m fino_fast.kernels.check --write docs/gpu.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info fino_fast/*.so

@@ -23,6 +23,7 @@ from .launch import Launch, intercepted
 WARP = 32
 # Shared memory that one block may ask for: CUDA C++ Programming Guide, technical specifications.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ATOMIC = re.compile(r"\b(atom|red)\.(global|shared|relaxed|gpu|acq|add)")
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
 
 
@@ -37,6 +38,7 @@ class Compiled:
         spilled: bytes of a thread that did not fit into registers, stores and loads together.
         shared: bytes of shared memory of a block.
         tensor_core: the tensor-core instructions in its PTX.
+        atomics: whether its PTX has atomic operations.
     """
 
     kernel: str
@@ -45,6 +47,7 @@ class Compiled:
     spilled: int
     shared: int
     tensor_core: tuple[str, ...]
+    atomics: bool
 
 
 @contextmanager
@@ -81,6 +84,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         spilled,
         compiled.metadata.shared,
         tuple(sorted(set(TENSOR_CORE.findall(compiled.asm["ptx"])))),
+        ATOMIC.search(compiled.asm["ptx"]) is not None,
     )
 
 

@@ -90,6 +90,7 @@ def test_all_missing_is_zero_even_where_the_rows_are_not_finite(device: torch.de
     assert all(g.eq(0).all() for some in gradients for g in some)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_row_without_target_may_hold_anything(device: torch.device) -> None:
     calls = heads_of_every_kind(9, 7, 4, torch.float32)
     for call in calls:

@@ -1,0 +1,64 @@
+"""Compilation ahead of time, for GPUs that are not there."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from fino_fast.kernels.aot import SHARED_LIMIT, Compiled
+from fino_fast.kernels.check import faults, launches
+from fino_fast.kernels.launch import Launch
+from fino_fast.kernels.tiles import TILES
+
+NAMES = {
+    "contrastive_backward",
+    "contrastive_forward",
+    "heads_finish",
+    "heads_sweep",
+    "inverse_norms",
+    "row_sum",
+}
+
+
+def run_check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # Another process: under the interpreter there is nothing to compile.
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    return subprocess.run(
+        [sys.executable, "-m", "fino_fast.kernels.check", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_every_kernel_compiles_for_an_h100_within_its_limits() -> None:
+    result = run_check("--dtypes", "bfloat16", "--capabilities", "90")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split("|")[1:-1] for line in result.stdout.splitlines()[2:]]
+    assert {row[0].strip() for row in rows} == NAMES
+    for row in rows:
+        assert row[2].strip() == "sm_90"
+        if row[0].strip() not in ("inverse_norms", "row_sum"):
+            assert "wgmma" in row[6]
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_there_are_tiles_for_every_dtype(capability: int) -> None:
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        found = launches(dtype, TILES[capability // 10, dtype.itemsize])
+        assert {launch.kernel.__name__.removesuffix("_kernel") for launch in found} == NAMES
+
+
+def test_faults_are_named() -> None:
+    sound = Compiled("heads_sweep_kernel", 90, 200, 0, 1024, ("wgmma.mma_async",), False)
+    launch = launches(torch.float16, TILES[9, 2])[1]
+    assert isinstance(launch, Launch)
+    assert "WIDTH" in launch.constants
+    assert faults("float16", launch, sound) == []
+    spoilt = replace(sound, spilled=8, shared=2 * SHARED_LIMIT[90], tensor_core=(), atomics=True)
+    words = faults("float16", launch, spoilt)
+    assert len(words) == 4
+    assert all(text.startswith("heads_sweep_kernel, float16, sm_90: ") for text in words)
+    assert "spills 8 bytes" in words[0]
