@@ -43,17 +43,20 @@ def verdicts(values: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
     lines = []
     for rival in (CONTROL, FROZEN):
         for what, key, lower_is_better in (
-            ("defects seen by unseen cameras", "out of domain", False),
-            ("defects seen by seen cameras", "in domain", False),
+            ("defects, unseen cameras", "out of domain", False),
+            ("defects, seen cameras", "in domain", False),
             ("camera leakage", "camera", True),
         ):
-            comparison = compare(values[FINO][key], values[rival][key], lower_is_better)
-            lines.append(f"{what}: FINO {comparison} ({rival})")
+            name = "the control" if rival == CONTROL else "the frozen backbone"
+            comparison = compare(values[FINO][key], values[rival][key], name, lower_is_better)
+            lines.append(f"{what}: FINO {comparison}")
     return lines
 
 
-def compare(ours: Sequence[float], theirs: Sequence[float], lower_is_better: bool) -> str:
-    """Judge paired measurements.
+def compare(
+    ours: Sequence[float], theirs: Sequence[float], rival: str, lower_is_better: bool
+) -> str:
+    """Judge paired measurements of us and a rival.
 
     "beats" and "does NOT beat … worse" need a paired t interval of `CONFIDENCE` that leaves 0 out;
     a single seed has no interval and gets no judgement beyond its sign.
@@ -64,17 +67,17 @@ def compare(ours: Sequence[float], theirs: Sequence[float], lower_is_better: boo
     change = f"{100 * mean:+.1f} points"
     if len(gains) == 1:
         word = "is ahead of" if gains[0] > 0 else "does NOT beat"
-        return f"{word} the other arm: {change} on one seed, which decides nothing"
+        return f"{word} {rival}: {change} on one seed, which decides nothing"
     half = student_t.ppf((1 + CONFIDENCE) / 2, len(gains) - 1) * gains.std(ddof=1)
     half /= np.sqrt(len(gains))
     interval = f"95 % interval {100 * (mean - half):+.1f} … {100 * (mean + half):+.1f}"
     count = f"better in {int((gains > 0).sum())} of {len(gains)} seeds"
     if gains.mean() - half > 0:
-        word = "beats the other arm"
+        word = f"beats {rival}"
     elif gains.mean() + half < 0:
-        word = "does NOT beat the other arm, it is worse"
+        word = f"does NOT beat {rival}, it is worse"
     else:
-        word = "does NOT beat the other arm, the difference is within the noise"
+        word = f"does NOT beat {rival}, the difference is within the noise"
     return f"{word}: {change}, {interval}, {count}"
 
 

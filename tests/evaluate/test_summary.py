@@ -43,33 +43,33 @@ def test_the_table_holds_mean_and_range() -> None:
 
 def test_a_clear_win_and_a_clear_loss_are_told_apart() -> None:
     for line in verdicts(gather(GOOD)):
-        assert "FINO beats the other arm" in line
+        assert "FINO beats the " in line
         assert "better in 5 of 5 seeds" in line
     for line in verdicts(gather(BAD))[:3]:
-        assert "does NOT beat the other arm, it is worse" in line
+        assert "FINO does NOT beat the control, it is worse" in line
         assert "better in 0 of 5 seeds" in line
 
 
 def test_lower_leakage_is_the_better_one() -> None:
-    assert compare([0.5, 0.51, 0.52], [0.9, 0.92, 0.91], True).startswith("beats")
-    assert compare([0.5, 0.51, 0.52], [0.9, 0.92, 0.91], False).startswith("does NOT beat")
+    assert compare([0.5, 0.51, 0.52], [0.9, 0.92, 0.91], "it", True).startswith("beats")
+    assert compare([0.5, 0.51, 0.52], [0.9, 0.92, 0.91], "it", False).startswith("does NOT beat")
 
 
 def test_noise_is_called_noise() -> None:
-    text = compare([0.70, 0.60, 0.75], [0.66, 0.66, 0.66], False)
-    assert "does NOT beat the other arm, the difference is within the noise" in text
+    text = compare([0.70, 0.60, 0.75], [0.66, 0.66, 0.66], "it", False)
+    assert "does NOT beat it, the difference is within the noise" in text
     assert "better in 2 of 3 seeds" in text
 
 
 def test_the_interval_is_the_paired_t_interval() -> None:
     """Differences 1, 2, 3 points: mean 2, deviation 1, t(0.975, 2) = 4.303, half 2.484."""
-    text = compare([0.51, 0.62, 0.73], [0.50, 0.60, 0.70], False)
+    text = compare([0.51, 0.62, 0.73], [0.50, 0.60, 0.70], "it", False)
     assert "+2.0 points, 95 % interval -0.5 … +4.5" in text
 
 
 @pytest.mark.parametrize(("ours", "word"), [(0.8, "is ahead"), (0.6, "does NOT beat")])
 def test_one_seed_decides_nothing(ours: float, word: str) -> None:
-    text = compare([ours], [0.7], False)
+    text = compare([ours], [0.7], "it", False)
     assert text.startswith(word)
     assert "decides nothing" in text
 
