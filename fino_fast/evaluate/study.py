@@ -47,13 +47,13 @@ class Settings(StrictModel):
     """Everything that a seed's result depends on, but the seed. `docs/demo.md` says how they were
     chosen; both adapted arms share all of them, and the guides' own are FINO's alone."""
 
-    image_size: int = 80
+    image_size: int = 64
     """Side of the views in pixels."""
     batch_size: int = 64
     """Images a step."""
-    epochs: int = 2
+    epochs: int = 1
     """Times that each image of the adaptation split is seen."""
-    lr: float = 1e-4
+    lr: float = 3e-4
     """Full learning rate."""
     layer_decay: float = 0.75
     """Each layer of the backbone learns this many times as fast as the one above it."""
@@ -63,11 +63,11 @@ class Settings(StrictModel):
     """Brightness and contrast of the views are changed by up to this share."""
     temperature: float = 0.1
     """τ of the contrastive term."""
-    suppress_weight: float = 0.03
+    suppress_weight: float = 3.0
     """Weight of the reversed guides (camera, exposure)."""
-    suppress_orthogonal: float = 1.0
+    suppress_orthogonal: float = 100.0
     """Weight of the share of variance that camera and exposure explain."""
-    preserve_weight: float = 0.03
+    preserve_weight: float = 0.1
     """Weight of the guide of the module type."""
     preserve_orthogonal: float = 0.01
     """Weight of the overlap of the module type's subspace with the rest."""
