@@ -24,10 +24,12 @@ def main() -> None:
     parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
     source: Path = parser.parse_args().json
     runs = json.loads(source.read_text(encoding="utf-8"))
-    text = table(runs["benchmarks"]) + "\n" + machine(runs) + "\n"
+    kernels = [run for run in runs["benchmarks"] if "gemm_share" in run["extra_info"]]
+    data = [run for run in runs["benchmarks"] if "images_per_second" in run["extra_info"]]
+    text = table(kernels) + "\n" + machine(runs) + "\n\n" + data_table(data)
     source.with_suffix(".md").write_text(text, encoding="utf-8")
-    for group in sorted({run["name"].split("[")[0] for run in runs["benchmarks"]}):
-        members = [r for r in runs["benchmarks"] if r["name"].split("[")[0] == group]
+    for group in sorted({run["name"].split("[")[0] for run in kernels}):
+        members = [r for r in kernels if r["name"].split("[")[0] == group]
         plot(group.removeprefix("test_"), members, source.parent)
     readme = README.read_text(encoding="utf-8")
     before, rest = readme.split(MARKS[0])
@@ -54,6 +56,18 @@ def table(runs: list[dict[str, Any]]) -> str:
         ]
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def data_table(runs: list[dict[str, Any]]) -> str:
+    """Images a second of ingestion and loading, and how many times faster than each peer."""
+    peers = list(dict.fromkeys(peer for run in runs for peer in run["extra_info"]["speedup"]))
+    lines = [["work", "images/s", *(f"× {p}" for p in peers)], ["---"] * (len(peers) + 2)]
+    for run in runs:
+        info = run["extra_info"]
+        ratios = [f"{info['speedup'][p]:.2f}" if p in info["speedup"] else "–" for p in peers]
+        name = run["name"].removeprefix("test_").replace("_", " ")
+        lines.append([name, f"{info['images_per_second']['ours']:.0f}", *ratios])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def machine(runs: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from fino_fast.data.declaration import Declaration
 from fino_fast.data.engines import LocalEngine
 from fino_fast.data.ingest import Request, ingest
 
-COUNT, BATCH, CORES, ROUNDS = 1024, 64, 2, 3
+COUNT, BATCH, CORES, ROUNDS = 512, 64, 2, 3
 
 
 class Lab:

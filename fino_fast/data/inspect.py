@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pyarrow.compute as pc
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from .order import PLAN, derive_key, permute
 from .pipeline import decode_sample, white_value
@@ -45,8 +45,7 @@ def _thumbnail(shards: ShardSet, row: int) -> Image.Image:
     pixels = pixels if pixels.shape[2] == 3 else pixels[:, :, 0]
     share = pixels.astype(np.float32) / white_value(shards, pixels.dtype.name)
     image = Image.fromarray((share.clip(0, 1) * 255).round().astype(np.uint8))
-    image.thumbnail((_TILE, _TILE))
-    return image.convert("RGB")
+    return ImageOps.contain(image, (_TILE, _TILE)).convert("RGB")
 
 
 def summary_lines(shards: ShardSet) -> list[str]:
