@@ -9,9 +9,17 @@ Switches (environment variables):
     └── CXX                        the C++ compiler (default: the one Python was built with)
         MAX_JOBS                   parallel compilations (default: one per 3 GB of free memory)
 
+    FINO_CPU_ONLY = 0 (default) | 1
+    │   1: leave the CUDA kernels out
+    └── FORCE_CUDA = 0 (default) | 1
+        │   0: build them where nvcc and a CUDA build of torch are found, GPU or not
+        │   1: it is an error where they cannot be built
+        └── TORCH_CUDA_ARCH_LIST   chips, as in PyTorch (default: "8.0;9.0;10.0")
+
 The kernels in csrc/cpu are free of torch and compiled once per instruction-set level into one
 binary; the level is chosen at run time (csrc/cpu/capability.cpp), so a wheel built here runs on
-every processor of the architecture.
+every processor of the architecture. Those in csrc/cuda are free of torch too: nvcc makes a library
+of its own of them, which fino_fast/cuda.py loads where there is a GPU.
 """
 
 import os
@@ -20,7 +28,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 SWITCH = os.environ.get("FINO_BUILD", "auto")
@@ -53,6 +61,45 @@ def free_memory_gb() -> float:
         return 4.0
 
 
+def flag(name: str) -> bool:
+    value = os.environ.get(name, "0")
+    if value not in ("0", "1"):
+        sys.exit(f"setup.py: {name} must be 0 or 1, found {value!r}")
+    return value == "1"
+
+
+def wants_cuda() -> bool:
+    """Whether to build csrc/cuda; ends the build where FORCE_CUDA=1 cannot be done."""
+    import torch
+
+    if flag("FINO_CPU_ONLY"):
+        return False
+    missing = [
+        what
+        for what, present in (
+            ("nvcc is not on the PATH", shutil.which("nvcc") is not None),
+            ("this torch is a CPU build", torch.version.cuda is not None),
+        )
+        if not present
+    ]
+    if missing and flag("FORCE_CUDA"):
+        sys.exit(f"setup.py: FORCE_CUDA=1, but {' and '.join(missing)}")
+    return not missing
+
+
+def cuda_chips() -> list[str]:
+    """nvcc's options for the chips of TORCH_CUDA_ARCH_LIST; +PTX adds code for later chips."""
+    options = []
+    for chip in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0").replace(" ", ";").split(";"):
+        number = chip.removesuffix("+PTX").replace(".", "")
+        if not number[:-1].isdigit():
+            sys.exit(f"setup.py: TORCH_CUDA_ARCH_LIST: expected chips like 9.0, found {chip!r}")
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if chip.endswith("+PTX"):
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
+
+
 def native_build() -> dict[str, object]:
     """The `ext_modules` and `cmdclass` of the native build, or nothing where it is not wanted."""
     if SWITCH not in ("auto", "0", "1"):
@@ -73,8 +120,23 @@ def native_build() -> dict[str, object]:
     class BuildLevels(BuildExtension):  # type: ignore[misc]
         """Compiles csrc/cpu/epilogues.cpp once per level, then builds the extension around it."""
 
+        def build_extension(self, ext: Extension) -> None:
+            if ext is not cuda_library:
+                super().build_extension(ext)
+                return
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.spawn(
+                [
+                    "nvcc", "-shared", "-std=c++17", "-O3", "-Werror", "all-warnings",
+                    "-Xcompiler", "-fPIC,-Wall", *cuda_chips(),
+                    "-cudart=shared",  # torch's own copy, and with it the current device
+                    "csrc/cuda/launch.cu", "-o", str(target),
+                ]
+            )  # fmt: skip
+
         def build_extensions(self) -> None:
-            for ext in self.extensions:
+            for ext in [extension]:
                 for level, flags in LEVELS.items():
                     objects = self.compiler.compile(
                         ["csrc/cpu/epilogues.cpp"],
@@ -92,7 +154,16 @@ def native_build() -> dict[str, object]:
         extra_compile_args={"cxx": ["-O2", "-Wall"]},
         depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")],
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildLevels}}
+    # Not compiled by torch's rules, which would take CUDA_HOME and ATen. Optional: where nvcc
+    # fails, setuptools warns and goes on.
+    cuda_library = Extension(
+        "fino_fast._cuda",
+        [],
+        depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").iterdir()],
+        optional=not flag("FORCE_CUDA"),
+    )
+    extensions = [extension, cuda_library] if wants_cuda() else [extension]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildLevels}}
 
 
 setup(**native_build())

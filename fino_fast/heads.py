@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from . import cuda
 from .distributed import gather_views
 from .factors import Categorical, Continuous, Factor
 from .groups import group_slots, group_sums
@@ -104,6 +105,13 @@ class PrototypeHead(nn.Module):
 
     def _update_view(self, rows: Tensor, labels: Tensor) -> None:
         m = self.factor.momentum
+        if cuda.serves(self.centroids, rows):
+            ordered, order = torch.sort(labels, stable=True)
+            cuda.bank_update(
+                self.centroids, self.temperatures, self.counts, rows.float(), order, ordered, m,
+                self.factor.concentration == "fixed",
+            )  # fmt: skip
+            return
         unit = normalize(rows.to(accumulation_dtype(rows.dtype)))
         valid = (labels >= 0) & unit.isfinite().all(1)
         # Fixed shapes: every row writes the new state of its class; rows of one class write the

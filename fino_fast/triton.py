@@ -4,7 +4,11 @@ Importing this module registers the kernels for CUDA tensors.
 """
 
 import torch
+from torch import Tensor
 
+from . import cuda, reference
+from .distributed import gather_views
+from .factors import Role
 from .kernels.contrastive_backward import contrastive_backward
 from .kernels.contrastive_forward import contrastive_forward
 from .kernels.heads import heads_forward
@@ -25,3 +29,7 @@ class Triton(Native):
 
     The kernels are compiled and interpreted in the tests; docs/gpu.md says what was run.
     """
+
+    def orthogonal(self, z: Tensor, metadata: Tensor, role: Role) -> Tensor:
+        explained = cuda.explained if cuda.AVAILABLE else reference.explained
+        return reference.orthogonal(gather_views(z, 1), gather_views(metadata, 1), role, explained)

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <cassert>
 #include <cmath>
 
 #include "block.cuh"
@@ -12,15 +13,15 @@
 namespace fino {
 
 struct BankUpdate {
-  SortedRows rows;      // label −1 is missing
+  SortedRows rows;       // label −1 is missing
   const float* teacher;  // [count, width]
   float* scratch;        // [count, width], sums of the unit rows of the group that begins there
-  int64_t width;
+  int64_t width, classes;
   float momentum;
-  bool unit_norm;       // concentration="fixed": centroids are unit vectors, φ stays
-  float* centroids;     // [K, width]
-  float* temperatures;  // [K], φ
-  int64_t* counts;      // [K]
+  bool unit_norm;        // concentration="fixed": centroids are unit vectors, φ stays
+  float* centroids;      // [K, width]
+  float* temperatures;   // [K], φ
+  int64_t* counts;       // [K]
 };
 
 constexpr float kNormEps = 1e-12f;  // x̂ = x / max(‖x‖, kNormEps)
@@ -37,6 +38,7 @@ __global__ void bank_update(BankUpdate a) {
   const int64_t first = blockIdx.x;
   const int64_t label = a.rows.labels[first];
   if (label < 0 || !a.rows.begins(first)) return;
+  assert(label < a.classes);
   const int64_t end = a.rows.end(first);
   float* centroid = a.centroids + label * a.width;
   float* sums = a.scratch + first * a.width;

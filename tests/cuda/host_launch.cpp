@@ -17,11 +17,12 @@ int fino_group_means(const float* z, const int64_t* order, const int64_t* labels
 }
 
 int fino_bank_update(const float* teacher, const int64_t* order, const int64_t* labels,
-                     int64_t count, int64_t width, float momentum, bool unit_norm, float* centroids,
-                     float* temperatures, int64_t* counts, float* scratch, void*) {
-  const fino::BankUpdate arguments{{order, labels, count}, teacher,   scratch,      width,
-                                   momentum,               unit_norm, centroids,    temperatures,
-                                   counts};
+                     int64_t count, int64_t width, int64_t classes, float momentum, bool unit_norm,
+                     float* centroids, float* temperatures, int64_t* counts, float* scratch,
+                     void*) {
+  const fino::BankUpdate arguments{{order, labels, count}, teacher,   scratch,   width,
+                                   classes,                momentum,  unit_norm, centroids,
+                                   temperatures,           counts};
   launch(unsigned(count), 1, fino::kThreads, fino::bank_update, arguments);
   return 0;
 }
