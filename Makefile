@@ -45,9 +45,10 @@ bench: setup
 	$(BIN)/python -m pytest benchmarks -o timeout=0 --benchmark-only --benchmark-json=$(RESULTS)/benchmarks.json
 	$(BIN)/python benchmarks/report.py $(RESULTS)/benchmarks.json
 
-# Compiles the GPU kernels for chips that are not there, and writes the table of docs/gpu.md.
+# Compiles the GPU kernels for chips that are not there, and writes the tables of docs/gpu.md.
 gpu-check: setup
 	TRITON_INTERPRET=0 $(BIN)/python -m fino_fast.kernels.check --write docs/gpu.md
+	$(BIN)/python -m fino_fast.kernels.roofline --write docs/gpu.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info fino_fast/*.so

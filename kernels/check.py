@@ -20,12 +20,12 @@ from .contrastive_backward import contrastive_backward
 from .contrastive_forward import contrastive_forward
 from .heads import heads_forward
 from .launch import Launch
+from .page import write_between
 from .tiles import TILES, Tiles, forced
 
 CAPABILITIES = tuple(SHARED_LIMIT)
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 ROWS, WIDTH, CLASSES = 4096, 768, 10_000
-START, END = "<!-- gpu-check: start -->", "<!-- gpu-check: end -->"
 
 
 def launches(dtype: torch.dtype, tiles: Tiles) -> list[Launch]:
@@ -127,10 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     for fault in wrong:
         print(f"fault: {fault}", file=sys.stderr)
     if chosen.write is not None and not wrong:
-        page = chosen.write.read_text()
-        head, _, rest = page.partition(START)
-        _, _, tail = rest.partition(END)
-        chosen.write.write_text(f"{head}{START}\n{text}\n{END}{tail}")
+        write_between(chosen.write, "gpu-check", text)
     return 1 if wrong else 0
 
 

@@ -1,0 +1,101 @@
+"""The formulas of the page against what the kernels do: counted in the interpreter."""
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fino_fast.kernels.contrastive_backward import contrastive_backward
+from fino_fast.kernels.contrastive_forward import contrastive_forward
+from fino_fast.kernels.launch import Launch, intercepted, run
+from fino_fast.kernels.page import write_between
+from fino_fast.kernels.roofline import Cost, sweep, table
+from fino_fast.kernels.tiles import INTERPRETER_TILES as TILES
+from kernel_case import head_call, random, run_heads
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="counts the interpreter's own operations"
+)
+N, M, DEPTH, TILE = 64, 96, 96, (TILES.rows, TILES.columns)
+
+
+@dataclass
+class Counted:
+    """Work of every launch, by kernel."""
+
+    flops: dict[str, int] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict)  # bytes loaded and stored
+    kernel: str = ""
+
+    def check(self, kernel: str, expected: Cost) -> None:
+        assert self.flops[kernel] == expected.flops
+        # Vectors (norms, labels, log-sum-exps) are not in the formula.
+        assert expected.moved / 1.15 <= self.moved[kernel] <= 1.15 * expected.moved
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+    counts = Counted()
+    dot, load, store = (
+        getattr(builder, name)
+        for name in ("create_dot", "create_masked_load", "create_masked_store")
+    )
+
+    def add(to: dict[str, int], amount: Any) -> None:
+        to[counts.kernel] = to.get(counts.kernel, 0) + int(amount)
+
+    def count_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        add(counts.flops, 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return dot(self, a, b, *rest)
+
+    def count_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        add(counts.moved, mask.data.sum() * pointers.get_element_ty().primitive_bitwidth // 8)
+        return load(self, pointers, mask, *rest)
+
+    def count_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        add(counts.moved, mask.data.sum() * pointers.get_element_ty().primitive_bitwidth // 8)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_dot", count_dot)
+    monkeypatch.setattr(builder, "create_masked_load", count_load)
+    monkeypatch.setattr(builder, "create_masked_store", count_store)
+
+    def runner(launch: Launch) -> None:
+        counts.kernel = launch.kernel.__name__
+        run(launch)
+
+    with intercepted(runner):
+        yield counts
+
+
+def test_contrastive(counted: Counted) -> None:
+    p, one = random(N, DEPTH, dtype=torch.float32, seed=0), torch.ones(())
+    _, lse = contrastive_forward(p, p, one, 2, 0, False)
+    contrastive_backward(one, p, p, one, lse, lse, 2, 0, False)
+    for name, gradient in (("forward", False), ("backward", True)):
+        expected = sweep(N, N, DEPTH, TILE, (4, 4), TILES, gradient)
+        counted.check(f"contrastive_{name}_kernel", expected)
+
+
+def test_heads(counted: Counted, device: torch.device) -> None:
+    run_heads([head_call("linear", N, DEPTH, M, torch.float32)], True, True, device)
+    counted.check("heads_sweep_kernel", sweep(N, M, DEPTH, TILE, (4, 4), TILES, True))
+    counted.check("heads_finish_kernel", sweep(M, N, DEPTH, TILE, (4, 4), TILES, True))
+
+
+def test_the_page_has_the_table() -> None:
+    page = Path(__file__).parents[2] / "docs" / "gpu.md"
+    assert table() in page.read_text(encoding="utf-8")
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("nothing here")
+    with pytest.raises(ValueError, match="marks"):
+        write_between(page, "roofline", "text")
+    assert page.read_text() == "nothing here"
