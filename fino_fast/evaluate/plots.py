@@ -90,10 +90,8 @@ def arms_figure(
     right.set_title("camera: lower is better", fontsize=10)
     for axis in (left, right):
         axis.set_xticks(places, arms)
-        axis.set_ylim(0, 1.0)
+        axis.set_ylim(0, 1.15)  # room for the legend above bars that may reach 1
         finish(axis)
-    left.set_ylim(0.4, 1.0)
-    right.set_ylim(0, 1.15)  # room for the legend above bars that may reach 1
     left.legend(loc="upper right", fontsize=8, frameon=False, ncols=3)
     right.legend(loc="upper right", fontsize=8, frameon=False)
     figure.suptitle(subtitle, fontsize=10, color=GREY)

@@ -20,10 +20,13 @@ COLUMNS = {
 
 
 def gather(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Arm → measurement → its value at each seed, from the seeds' results in order."""
+    """Arm → measurement → its value at each seed, arms and results in order."""
     return {
-        arm: {key: [float(result["arms"][arm][key]) for result in results] for key in names}
-        for arm, names in results[0]["arms"].items()
+        arm: {
+            key: [float(result["arms"][arm][key]) for result in results]
+            for key in results[0]["arms"][arm]
+        }
+        for arm in ARMS
     }
 
 

@@ -18,7 +18,7 @@ def result(seed: int, frozen: float, control: float, fino: float) -> dict:
 
     return {
         "seed": seed,
-        "arms": {"frozen": arm(frozen), "contrastive only": arm(control), "FINO": arm(fino)},
+        "arms": {"FINO": arm(fino), "contrastive only": arm(control), "frozen": arm(frozen)},
         "samples": {"adapt": 100, "test-in": 20, "test-out": 20},
         "seconds": {"train": 10.0},
     }
