@@ -9,7 +9,7 @@ from .inverse_norms import inverse_norms
 from .launch import launch, sweep_constants
 from .row_sum import row_sum
 from .tile import coefficient_gain, coefficients, inner_products, load_tile, product, through_norm
-from .tiles import tiles_for
+from .tiles import pair_tiles, tiles_for
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def contrastive_backward(
         at `logit_scale`).
     """
     rows, columns = unit_stride(rows), unit_stride(columns)
-    tiles = tiles_for(rows)
+    tiles = pair_tiles(tiles_for(rows), rows.element_size())
     (norms,) = inverse_norms([columns])
     grad_rows = rows.new_empty(rows.shape)
     scale_parts = norms.new_empty(rows.shape[0])

@@ -8,7 +8,7 @@ from .inverse_norms import inverse_norms
 from .launch import launch, sweep_constants
 from .row_sum import row_sum
 from .tile import LOWEST, inner_products
-from .tiles import tiles_for
+from .tiles import pair_tiles, tiles_for
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def contrastive_forward(
         (0-d Σ_i loss_i / M, [N] log-sum-exp of every row).
     """
     rows, columns = unit_stride(rows), unit_stride(columns)
-    tiles = tiles_for(rows)
+    tiles = pair_tiles(tiles_for(rows), rows.element_size())
     (norms,) = inverse_norms([columns])
     lse, loss = (norms.new_empty(rows.shape[0]) for _ in range(2))
     launch(

@@ -11,7 +11,7 @@ from pathlib import Path
 from triton import cdiv
 
 from .page import write_between
-from .tiles import TILES, Tiles
+from .tiles import TILES, Tiles, pair_tiles
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def sweep(
 
 def contrastive_cost(n: int, m: int, width: int, itemsize: int, tiles: Tiles) -> Cost:
     """Forward and backward of N local rows against M columns."""
+    tiles = pair_tiles(tiles, itemsize)
     shape = n, m, width, (tiles.rows, tiles.columns), (itemsize, itemsize), tiles
     return sweep(*shape, gradient=False) + sweep(*shape, gradient=True)
 

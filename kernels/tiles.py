@@ -6,7 +6,7 @@ Chosen so that every kernel compiles without register spills and within the chip
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -46,6 +46,9 @@ TILES = {
     (10, 4): Tiles(32, 32, 32, 128, 8, 2),
     (10, 8): Tiles(32, 32, 16, 64, 8, 2),
 }
+# The contrastive sweep holds less beside its accumulator than the heads' do: bytes of the input
+# dtype → width that it can have.
+PAIR_WIDTH = {2: 256}
 # Small enough for a test of a few rows to cross tile borders.
 INTERPRETER_TILES = Tiles(32, 32, 32, 32, 4, 1)
 
@@ -72,3 +75,8 @@ def tiles_for(x: Tensor) -> Tiles:
     major, _ = torch.cuda.get_device_capability(x.device)
     known = [architecture for architecture, _ in TILES if architecture <= major]
     return TILES[max(known, default=8), x.element_size()]
+
+
+def pair_tiles(tiles: Tiles, itemsize: int) -> Tiles:
+    """`tiles` as the contrastive sweeps take them for inputs of `itemsize` bytes."""
+    return replace(tiles, width=max(tiles.width, PAIR_WIDTH.get(itemsize, 0)))
