@@ -64,9 +64,9 @@ class LocalEngine:
             exhausted = [tasks[i].name for i, tried in attempts.items() if tried >= ATTEMPTS]
             if exhausted:
                 raise DataError(
-                    f"workers died {ATTEMPTS} times while writing {', '.join(exhausted)} (out of "
-                    "memory?); the other shards are intact: run the same command again, with "
-                    "fewer --workers"
+                    f"workers died {ATTEMPTS} times while writing {', '.join(exhausted)}: out of "
+                    "memory (use fewer workers), or started by a script without an `if __name__ == "
+                    "'__main__'` guard; the other shards are intact: run the same again"
                 )
 
     def _run_once(

@@ -147,12 +147,13 @@ def committed_receipt(task: WriteTask) -> Receipt | None:
     try:
         receipt = Receipt.read(task.out / f"{task.name}.json")
         size = (task.out / f"{task.name}.tar").stat().st_size
+        sidecar = sha256_of(task.out / f"{task.name}.parquet")
     except (DataError, OSError):
         return None
     expected = (task.name, task.plan_sha256, task.shard.first_row, task.shard.rows)
     found = (receipt.name, receipt.plan_sha256, receipt.first_row, receipt.rows)
-    whole = found == expected and size == receipt.bytes
-    return receipt if whole and (task.out / f"{task.name}.parquet").is_file() else None
+    whole = (size, sidecar) == (receipt.bytes, receipt.sidecar_sha256)
+    return receipt if found == expected and whole else None
 
 
 def _write_row(tar: TarWriter, root: Root, row: dict[str, Any], task: WriteTask) -> dict[str, Any]:

@@ -115,7 +115,9 @@ def test_rerun_of_a_finished_ingest_does_nothing(lab: Lab) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in lab.out.glob("*.tar")}
 
 
-@pytest.mark.parametrize("lost", ["receipt", "sidecar", "tar", "cut tar", "garbled receipt"])
+@pytest.mark.parametrize(
+    "lost", ["receipt", "sidecar", "tar", "cut tar", "garbled receipt", "flipped sidecar"]
+)
 def test_rerun_restores_what_was_lost(lab: Lab, lost: str) -> None:
     lab.ingest()
     whole = content(lab.out)
@@ -127,6 +129,10 @@ def test_rerun_restores_what_was_lost(lab: Lab, lost: str) -> None:
             shard.with_suffix(".parquet").unlink()
         case "tar":
             shard.unlink()
+        case "flipped sidecar":
+            sidecar = shard.with_suffix(".parquet")
+            data = sidecar.read_bytes()
+            sidecar.write_bytes(data[:99] + bytes([data[99] ^ 1]) + data[100:])
         case "cut tar":
             os.truncate(shard, 1000)
         case _:
