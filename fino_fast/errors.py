@@ -35,6 +35,11 @@ class MissingExtraError(FinoError):
     """A package of an optional extra is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
+        self.package, self.extra = package, extra
         super().__init__(
             f"{package} is not installed; it comes with `pip install 'fino-fast[{extra}]'`"
         )
+
+    def __reduce__(self) -> tuple[type["MissingExtraError"], tuple[str, str]]:
+        """Built again from its arguments: it may come from a worker process."""
+        return type(self), (self.package, self.extra)

@@ -114,7 +114,8 @@ def _reading(path: Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except pa.ArrowException as error:
-        raise DataError(f"{path}: cannot be read as a table: {error}") from error
+        hint = "" if is_parquet(path) else "; is table.delimiter in the schema right?"
+        raise DataError(f"{path}: cannot be read as a table: {error}{hint}") from error
 
 
 def _check_columns(path: Path, present: list[str], wanted: list[str]) -> None:

@@ -21,7 +21,7 @@ from fino_fast.data.verify import verify
 from fino_fast.data.write import write_shard
 from fino_fast.errors import DataError, DiskFullError
 
-from .labs import Lab, Serial, make_lab
+from .labs import Lab, Serial, make_lab, pixels, png
 from .test_ingest import content
 
 
@@ -317,3 +317,21 @@ def test_exit_codes_and_silence_in_a_pipe(lab: Lab) -> None:
     assert done.returncode == 2
     assert "id 's0000', 'absent.png': missing_file" in done.stderr
     assert not (lab.root / "other" / "MANIFEST.json").exists()
+
+
+def test_a_package_missing_in_the_workers_is_named(lab: Lab, tmp_path: Path) -> None:
+    """The error crosses the process boundary whole: one line, and which extra to install."""
+    (lab.images / "0000.jpg").write_bytes(png(pixels(0) > 127))  # 1 bit: has to be converted
+    lab.save()
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['tifffile'] = None\n")
+    done = subprocess.run(
+        command(lab),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    assert "tifffile is not installed" in done.stderr
+    assert "fino-fast[tiff]" in done.stderr
+    assert "Traceback" not in done.stderr
