@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,13 @@ import torch
 triton = pytest.importorskip("triton", reason="triton comes with torch's CUDA builds only")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.parent == Path(__file__).parent:
+                item.add_marker(pytest.mark.gpu)
+    elif not triton.knobs.runtime.interpret:
         raise pytest.UsageError("tests/kernels needs TRITON_INTERPRET=1 before triton is imported")
 
 
