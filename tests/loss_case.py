@@ -10,6 +10,7 @@ from fino_fast import Categorical, Continuous, FinoLoss
 from fino_fast.factors import Factor
 
 NAN = float("nan")
+CPU_BACKENDS = ["eager", "native"]
 
 
 def labels(images: int, classes: int, missing: int = 0, seed: int = 0) -> Tensor:

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CPU_BACKENDS
-from loss_case import NAN, embeddings, labels, values
+from loss_case import CPU_BACKENDS, NAN, embeddings, labels, values
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
