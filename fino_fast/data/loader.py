@@ -104,7 +104,7 @@ class Loader:
         self.drop_last = drop_last
         self.device = torch.device(device)
         self.backend = _choose_backend(backend, self.device)
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or _processors()
         self._rows = shards.rows_of(self.split)
         self._form = pixel_form(shards, self._rows, views)
         self.channels = self._form.channels
@@ -321,6 +321,13 @@ class Loader:
                     self.shards, self.views, self._form, size, self._threads, self.device, counts
                 )
         return self._pipelines[training]
+
+
+def _processors() -> int:
+    """Processors that this process may use; all of the machine where the system cannot say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _choose_backend(backend: Backend, device: torch.device) -> Literal["dali", "torch"]:

@@ -338,11 +338,12 @@ def _apply_vocabulary(
 
 def _check_duplicates(ids: pa.Array) -> None:
     """Refuse ids that are equal, or would be on a file system that ignores case or Unicode form."""
-    folded = pc.utf8_lower(pc.utf8_normalize(ids, form="NFC"))
+    ascii_only = pc.all(pc.string_is_ascii(ids)).as_py()
+    folded = pc.utf8_lower(ids if ascii_only else pc.utf8_normalize(ids, form="NFC"))
+    if pc.count_distinct(folded).as_py() == len(ids):
+        return
     counts = pc.value_counts(folded)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    if len(repeated) == 0:
-        return
     places: dict[str, list[int]] = {}
     for i in np.flatnonzero(np.asarray(pc.is_in(folded, value_set=repeated))):
         places.setdefault(folded[int(i)].as_py(), []).append(int(i))
