@@ -3,6 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fino_fast.evaluate.cells import Cells, load_cells
+
 from .labs import make_shards
 
 
@@ -14,3 +16,9 @@ def rng() -> np.random.Generator:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="session")
+def cells() -> Cells:
+    """The installed images; decoding them takes seconds, so all tests share them."""
+    return load_cells()

@@ -17,16 +17,10 @@ from fino_fast.evaluate.cells import (
     TEST_OUT,
     Cells,
     Shot,
-    load_cells,
     plan_shots,
     split_cells,
     write_lab,
 )
-
-
-@pytest.fixture(scope="module")
-def cells() -> Cells:
-    return load_cells()
 
 
 @pytest.fixture(scope="module")

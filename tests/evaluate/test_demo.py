@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +28,13 @@ from fino_fast.train.checkpoint import checkpoints
 SETTINGS = Settings(image_size=32, epochs=1, batch_size=48)
 
 
-def few_cells() -> Cells:
+def no_cells() -> Cells:
+    raise AssertionError("pictures were taken again")
+
+
+@pytest.fixture(scope="module")
+def few_cells(cells: Cells) -> Cells:
     """Every tenth block of neighbours."""
-    cells = load_cells()
     rows = np.flatnonzero(np.arange(len(cells.ids)) // 30 % 10 == 0)
     return replace(
         cells,
@@ -41,11 +46,11 @@ def few_cells() -> Cells:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def finished(few_cells: Cells, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A demo of one seed and the lines that it said."""
     out = tmp_path_factory.mktemp("demo") / "out"
     lines: list[str] = []
-    assert run_demo([0], out, SETTINGS, few_cells, lines.append) == 0
+    assert run_demo([0], out, SETTINGS, lambda: few_cells, lines.append) == 0
     return out, lines
 
 
@@ -108,9 +113,6 @@ def test_a_second_run_measures_nothing_again(finished: tuple[Path, list[str]]) -
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
     lines: list[str] = []
 
-    def no_cells() -> Cells:
-        raise AssertionError("pictures were taken again")
-
     assert run_demo([0], out, SETTINGS, no_cells, lines.append) == 0
     assert "seed 0: measured before" in lines
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
@@ -119,7 +121,7 @@ def test_a_second_run_measures_nothing_again(finished: tuple[Path, list[str]]) -
 def test_other_settings_do_not_touch_it(finished: tuple[Path, list[str]]) -> None:
     out, _ = finished
     with pytest.raises(ConfigError, match=r"other settings \(epochs 1 → 2\)"):
-        run_demo([0], out, SETTINGS.model_copy(update={"epochs": 2}), few_cells)
+        run_demo([0], out, SETTINGS.model_copy(update={"epochs": 2}), no_cells)
 
 
 def test_a_folder_of_something_else_is_refused(
@@ -143,7 +145,7 @@ def test_a_run_without_checkpoint_is_begun_again(
     (seed / "fino").mkdir()
     (seed / "fino" / "config.json").write_text("{}")
     study = Study(seed, 0, SETTINGS)
-    again = study.run(few_cells, arms=(FINO,))
+    again = study.run(no_cells, arms=(FINO,))
     first = json.loads((done / "seed-0" / "result.json").read_text())
     assert again["arms"][FINO] == first["arms"][FINO]  # and the same seed gives the same numbers
 
@@ -154,12 +156,16 @@ def test_ctrl_c_stops_and_the_next_run_goes_on(
     """A real SIGINT in the middle of the first adaptation."""
     done, _ = finished
     out = tmp_path / "out"
+    for part in ("settings.json", "seed-0/lab", "seed-0/shards", "seed-0/embeddings/frozen"):
+        (out / part).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (done / part).is_dir() else shutil.copy
+        copy(done / part, out / part)
     code = (
         "from pathlib import Path\n"
-        "from tests.evaluate.test_demo import SETTINGS, few_cells, run_demo\n"
+        "from tests.evaluate.test_demo import SETTINGS, no_cells, run_demo\n"
         "import sys\n"
         "if __name__ == '__main__':\n"
-        f"    sys.exit(run_demo([0], Path({str(out)!r}), SETTINGS, few_cells))\n"
+        f"    sys.exit(run_demo([0], Path({str(out)!r}), SETTINGS, no_cells))\n"
     )
     script = tmp_path / "stopped.py"
     script.write_text(code)
@@ -186,7 +192,7 @@ def test_ctrl_c_stops_and_the_next_run_goes_on(
     assert len(checkpoints(run)) == 1
     assert not (out / "seed-0" / "result.json").exists()
 
-    result = Study(out / "seed-0", 0, SETTINGS).run(few_cells, arms=(CONTROL,))
+    result = Study(out / "seed-0", 0, SETTINGS).run(no_cells, arms=(CONTROL,))
     first = json.loads((done / "seed-0" / "result.json").read_text())
     assert result["arms"][CONTROL] == first["arms"][CONTROL]
 
