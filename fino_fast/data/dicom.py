@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from fino_fast.errors import FinoError, MissingExtraError
 
 from .declaration import ImagesDeclaration
-from .images import ImageRejected, Stored, check_size, converted
+from .stored import ImageRejected, Stored, check_size
+from .tiff import converted
 
 
 def import_pydicom() -> Any:

@@ -9,9 +9,10 @@ import torch
 
 from fino_fast.errors import DataError
 
-from .images import ImageRejected, Pixels, decode
+from .images import decode
 from .index import FORMS
 from .shardset import ShardSet
+from .stored import ImageRejected, Pixels
 from .views import Draws, Views
 
 

@@ -23,10 +23,10 @@ from fino_fast.errors import ConfigError, DataError
 
 from .declaration import Declaration
 from .files import canonical_json, committed, read_json, sha256_of, write_json
-from .images import ImageRejected
 from .order import PLAN, derive_key, permute
 from .schema import Schema, freeze
 from .sources import Root
+from .stored import ImageRejected
 from .table import Rows
 
 FACTOR = "factor:"

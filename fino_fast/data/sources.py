@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-from .images import ImageRejected
+from .stored import ImageRejected
 
 
 class Source(NamedTuple):

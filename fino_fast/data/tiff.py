@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from fino_fast.errors import FinoError, MissingExtraError
 
 from .declaration import ImagesDeclaration
-from .images import (
+from .stored import (
     DTYPES,
     MAX_CHANNELS,
     ImageRejected,
     Pixels,
     Stored,
     check_size,
-    converted,
+    exact_dtype,
     without_alpha,
 )
 
@@ -44,6 +44,20 @@ def import_imagecodecs() -> Any:
     except ImportError as error:
         raise MissingExtraError("imagecodecs", "tiff") from error
     return imagecodecs
+
+
+def converted(pixels: NDArray[Any], axes: str) -> Stored:
+    """Pixels [H, W, C] as a zstd-compressed TIFF, which DALI decodes exactly.
+
+    Raises:
+        ImageRejected: values that neither uint8, uint16 nor float32 holds exactly.
+        MissingExtraError: tifffile or imagecodecs is not installed.
+    """
+    exact = exact_dtype(pixels)
+    height, width, channels = exact.shape
+    return Stored(
+        encode_tiff(exact), "tiff", height, width, channels, exact.dtype.name, axes or "YXC"
+    )
 
 
 def encode_tiff(pixels: Pixels) -> bytes:

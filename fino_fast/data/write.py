@@ -20,9 +20,10 @@ from fino_fast.errors import ConfigError, DataError
 
 from .declaration import ImagesDeclaration
 from .files import committed, read_json, sha256_of, write_json
-from .images import ImageRejected, Stored, prepare
+from .images import prepare
 from .plan import FACTOR, PlannedShard, read_planned_rows
 from .sources import Root
+from .stored import ImageRejected, Stored
 from .tar import TarWriter
 
 _MAX_SAMPLE_BYTES = (1 << 32) - 1

@@ -22,7 +22,8 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from fino_fast.data.declaration import ImagesDeclaration
-from fino_fast.data.images import ImageRejected, Stored, decode, prepare
+from fino_fast.data.images import decode, prepare
+from fino_fast.data.stored import ImageRejected, Stored
 
 from .labs import pixels, png
 
@@ -332,7 +333,8 @@ def test_a_bomb_is_refused_before_it_unfolds() -> None:
     script = (
         "import resource, sys\n"
         "from fino_fast.data.declaration import ImagesDeclaration\n"
-        "from fino_fast.data.images import ImageRejected, prepare\n"
+        "from fino_fast.data.images import prepare\n"
+        "from fino_fast.data.stored import ImageRejected\n"
         "data = sys.stdin.buffer.read()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n    prepare(data, ImagesDeclaration())\n"
