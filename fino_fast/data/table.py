@@ -269,7 +269,7 @@ def _numbers(
         values = column.cast(pa.float64(), safe=False).combine_chunks()
         values = pc.if_else(pc.is_nan(values), pa.scalar(None, pa.float64()), values)
         _note(faults, name, pc.is_inf(values), lambda _: "is infinite")
-        return pc.if_else(pc.is_inf(values), pa.scalar(None, pa.float64()), values)
+        return _held_by_float32(values, name, faults)
     cells = _masked(strings(column), markers)
     text = pc.utf8_trim_whitespace(cells)
     if decimal == ",":
@@ -288,7 +288,20 @@ def _numbers(
     text = pc.if_else(pc.fill_null(good, False), text, pa.scalar(None, pa.string()))
     values = text.cast(pa.float64())
     _note(faults, name, pc.is_inf(values), lambda i: f"{cells[i].as_py()!r} is too large")
-    return pc.if_else(pc.is_inf(values), pa.scalar(None, pa.float64()), values)
+    return _held_by_float32(values, name, faults)
+
+
+def _held_by_float32(values: pa.Array, name: str, faults: list[_Fault]) -> pa.Array:
+    """The values without what is infinite; notes what would become so in a batch, which is fp32."""
+    finite = pc.if_else(pc.is_inf(values), pa.scalar(None, pa.float64()), values)
+    beyond = pc.greater(pc.abs(finite), float(np.finfo(np.float32).max))
+    _note(
+        faults,
+        name,
+        beyond,
+        lambda i: f"{finite[i].as_py():g} does not fit float32 (±3.4e38); give it in another unit",
+    )
+    return pc.if_else(pc.fill_null(beyond, False), pa.scalar(None, pa.float64()), finite)
 
 
 def _note(faults: list[_Fault], column: str, bad: pa.Array, what: Callable[[int], str]) -> None:

@@ -207,6 +207,8 @@ def test_ctrl_c_leaves_a_state_that_resumes(lab: Lab, tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": slowed(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,
+        # A test run in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(lambda: list(lab.out.glob(f"{TEMPORARY}*.tar.*")))
     slow.send_signal(signal.SIGINT)

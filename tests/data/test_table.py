@@ -79,6 +79,12 @@ def test_infinite_and_nan_numbers_of_a_parquet_column() -> None:
         parse(declare(v=EXPOSURE), v=[1.0, math.inf])
 
 
+@pytest.mark.parametrize("column", [[1.0, -1e39], ["1", "-1e39"]])
+def test_numbers_that_a_batch_could_not_hold(column: list[object]) -> None:
+    with pytest.raises(TooManyRejectsError, match=r"-1e\+39 does not fit float32"):
+        parse(declare(v=EXPOSURE), v=column)
+
+
 def test_bounds() -> None:
     declaration = declare(v={**EXPOSURE, "low": 0, "high": 2})
     assert parse(declaration, v=["0", "2", ""]).raw["v"].to_pylist() == [0.0, 2.0, None]
