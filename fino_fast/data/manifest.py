@@ -23,7 +23,7 @@ class SealedFile(StrictModel):
 
 
 class SealedShard(StrictModel):
-    """A shard of the set: its tar and its sidecar."""
+    """A shard of the set: its tar and its sidecar. Its receipt has these fields, and more."""
 
     name: str = Field(pattern=r"^shard-\d{4}-\d{6}$")
     first_row: int = Field(ge=0)
@@ -33,6 +33,15 @@ class SealedShard(StrictModel):
     bytes: int = Field(ge=0)
     sha256: str
     sidecar_sha256: str
+
+    @model_validator(mode="after")
+    def _samples_add_up(self) -> Self:
+        if self.samples + self.rejected != self.rows:
+            raise ValueError(
+                f"shard {self.name}: {self.samples} samples + {self.rejected} rejected are not "
+                f"{self.rows} rows"
+            )
+        return self
 
 
 class Manifest(StrictModel):
@@ -60,8 +69,6 @@ class Manifest(StrictModel):
         for shard in self.shards:
             if shard.first_row != row:
                 raise ValueError(f"shard {shard.name} starts at row {shard.first_row}, not {row}")
-            if shard.samples + shard.rejected != shard.rows:
-                raise ValueError(f"the counts of shard {shard.name} do not add up")
             row += shard.rows
         if row != self.planned or self.samples + self.rejected != self.planned:
             raise ValueError("the counts do not add up")

@@ -12,7 +12,7 @@ from fino_fast.errors import DataError
 
 from .files import committed, remove_temporaries, sha256_of, write_json
 from .index import FORMS, RECORD, index_header
-from .manifest import MANIFEST, Manifest, SealedFile, SealedShard
+from .manifest import MANIFEST, Manifest, SealedFile
 from .plan import FACTOR, Plan, plan_folder, planned_ids
 from .schema import Schema
 from .write import Receipt
@@ -54,15 +54,7 @@ def seal(out: Path, plans: list[Plan], receipts: list[Receipt]) -> Manifest:
         schema_file=sealed[0],
         index=sealed[1],
         table=sealed[2],
-        shards=[
-            SealedShard(
-                **receipt.model_dump(
-                    include={"name", "first_row", "rows", "samples", "rejected", "bytes"}
-                    | {"sha256", "sidecar_sha256"}
-                )
-            )
-            for receipt in receipts
-        ],
+        shards=[receipt.sealed for receipt in receipts],
     )
     remove_temporaries(out)
     write_json(out / MANIFEST, manifest.model_dump(mode="json"))

@@ -13,14 +13,13 @@ from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
 
-from fino_fast.config import StrictModel
 from fino_fast.errors import ConfigError, DataError
 
 from .declaration import ImagesDeclaration
 from .files import committed, read_json, sha256_of, write_json
 from .images import prepare
+from .manifest import SealedShard
 from .plan import FACTOR, PlannedShard, read_planned_rows
 from .sources import Root
 from .stored import ImageRejected, Stored
@@ -50,27 +49,18 @@ SIDECAR_FIELDS: list[pa.Field] = [
 ]
 
 
-class Receipt(StrictModel):
+class Receipt(SealedShard):
     """`<shard>.json`: what was committed."""
 
     format: Literal["fino-fast shard"] = "fino-fast shard"
     version: Literal[1] = 1
-    name: str
-    first_row: int = Field(ge=0)
-    rows: int = Field(ge=1)
-    samples: int = Field(ge=0)
-    rejected: int = Field(ge=0)
-    bytes: int = Field(ge=0)
-    sha256: str
-    sidecar_sha256: str
     plan_sha256: str
     schema_sha256: str
 
-    @model_validator(mode="after")
-    def _adds_up(self) -> Self:
-        if self.samples + self.rejected != self.rows:
-            raise ValueError(f"{self.samples} + {self.rejected} samples are not {self.rows} rows")
-        return self
+    @property
+    def sealed(self) -> SealedShard:
+        """The part that the manifest repeats."""
+        return SealedShard(**self.model_dump(include=set(SealedShard.model_fields)))
 
     @classmethod
     def read(cls, path: Path) -> Self:
