@@ -31,14 +31,33 @@ FORMS = [("jpg", "uint8"), ("png", "uint8"), ("png", "uint16")] + [
 Index = NDArray[np.void]
 
 
-def index_header(samples: int) -> bytes:
-    """The npy header of an index of `samples` records."""
+def npy_header(dtype: np.dtype[np.void], count: int) -> bytes:
+    """The npy header of `count` records."""
     buffer = io.BytesIO()
-    descr = np.lib.format.dtype_to_descr(RECORD)
+    descr = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(
-        buffer, {"descr": descr, "fortran_order": False, "shape": (samples,)}
+        buffer, {"descr": descr, "fortran_order": False, "shape": (count,)}
     )
     return buffer.getvalue()
+
+
+def records_start(path: Path, dtype: np.dtype[np.void], count: int) -> int:
+    """Where the records of an npy file begin, in bytes.
+
+    Raises:
+        DataError: the file is missing, or does not hold `count` records of this type.
+    """
+    # The header is known to the byte: it is compared and never parsed.
+    header = npy_header(dtype, count)
+    try:
+        with path.open("rb") as file:
+            whole = file.read(len(header)) == header
+        whole = whole and path.stat().st_size == len(header) + count * dtype.itemsize
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if not whole:
+        raise DataError(f"{path}: is damaged: it does not hold the records of {count} samples")
+    return len(header)
 
 
 def read_index(path: Path, samples: int, shard_sizes: list[int], splits: int) -> Index:
@@ -53,17 +72,8 @@ def read_index(path: Path, samples: int, shard_sizes: list[int], splits: int) ->
     Raises:
         DataError: the file is missing or damaged.
     """
-    # The header is known to the byte: it is compared and never parsed.
-    header = index_header(samples)
-    try:
-        with path.open("rb") as file:
-            whole = file.read(len(header)) == header
-        whole = whole and path.stat().st_size == len(header) + samples * RECORD.itemsize
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    if not whole:
-        raise DataError(f"{path}: is damaged: it is no index of {samples} records")
-    index = np.memmap(path, dtype=RECORD, mode="r", offset=len(header), shape=(samples,))
+    offset = records_start(path, RECORD, samples)
+    index = np.memmap(path, dtype=RECORD, mode="r", offset=offset, shape=(samples,))
     sizes = np.array([*shard_sizes, 0], dtype=np.uint64)
     chunk = 1 << 20
     for start in range(0, samples, chunk):

@@ -26,14 +26,14 @@ def contact_sheet(shards: ShardSet, split: str, count: int, seed: int = 0) -> Im
     Raises:
         DataError: there is no such split, or a sample is damaged.
     """
-    rows = shards.rows_of(split)
+    rows = shards.split(split)
     places = permute(np.arange(min(count, len(rows))), len(rows), derive_key(seed, PLAN))
     columns = int(np.ceil(np.sqrt(len(places))))
     lines = -(-len(places) // columns)
     width, height = _TILE + _GAP, _TILE + _CAPTION + _GAP
     sheet = Image.new("RGB", (columns * width, lines * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, row in enumerate(rows[places].tolist()):
+    for i, row in enumerate(rows.rows(places).tolist()):
         x, y = i % columns * width, i // columns * height
         sheet.paste(_thumbnail(shards, row), (x, y))
         draw.text((x, y + _TILE), shards.ids[row][:24], fill="black")
@@ -50,7 +50,7 @@ def _thumbnail(shards: ShardSet, row: int) -> Image.Image:
 
 def summary_lines(shards: ShardSet) -> list[str]:
     """Splits, image forms and the distribution of every factor, over all samples of the set."""
-    sizes = [f"{len(shards.rows_of(name))} {name}" for name in _splits_with_samples(shards)]
+    sizes = [f"{len(shards.split(name))} {name}" for name in _splits_with_samples(shards)]
     index = shards.index
     forms = np.unique(index[["channels", "form", "height", "width"]])
     lines = [

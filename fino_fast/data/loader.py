@@ -105,21 +105,23 @@ class Loader:
         self.device = torch.device(device)
         self.backend = _choose_backend(backend, self.device)
         self._threads = threads or _processors()
-        self._rows = shards.rows_of(self.split)
-        self._form = pixel_form(shards, self._rows, views)
+        self._samples = shards.split(self.split)
+        self._form = pixel_form(shards, self.split, views)
         self.channels = self._form.channels
         """Channels of the views."""
-        self.steps_per_epoch = self._steps(len(self._rows))
+        self.steps_per_epoch = self._steps(len(self._samples))
         if factors is None:
             declared = shards.schema.factors.items()
             factors = [name for name, factor in declared if factor.role != "ignore"]
-        self._metadata = {name: torch.from_numpy(shards.encoded(name)) for name in factors}
+        self._factors = list(factors)
+        for name in self._factors:
+            shards.check_factor(name)
         self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="fino-read")
         self._pipelines: dict[bool, Pipeline] = {}
 
     def __len__(self) -> int:
         """Samples of the split."""
-        return len(self._rows)
+        return len(self._samples)
 
     def epoch(
         self, epoch: int, start_step: int = 0, start_sample: int | None = None
@@ -146,8 +148,8 @@ class Loader:
 
         def work() -> Iterator[tuple[NDArray[np.int64], list[Draws]]]:
             for step in range(start_step, self._steps(remaining)):
-                positions = done + self._share(*self._span(step, remaining))
-                rows = self._rows[permute(positions, len(self), key)]
+                positions = done + np.array(self._share(*self._span(step, remaining)))
+                rows = self._samples.rows(permute(positions, len(self), key))
                 draws = training_draws(self.views, *self._shapes(rows), positions, self.seed, epoch)
                 yield rows, [d for d in draws if d is not None]
 
@@ -165,7 +167,7 @@ class Loader:
 
         def work() -> Iterator[tuple[NDArray[np.int64], list[Draws]]]:
             for start in range(0, len(own), self.batch_size):
-                rows = self._rows[own[start : start + self.batch_size]]
+                rows = self._samples.rows(np.array(own[start : start + self.batch_size]))
                 yield rows, [evaluation_draws(self.views, *self._shapes(rows))]
 
         yield from self._run(work(), training=False)
@@ -242,12 +244,12 @@ class Loader:
         last = step == self._steps(samples) - 1 and not self.drop_last
         return step * size, samples if last else (step + 1) * size
 
-    def _share(self, start: int, end: int) -> NDArray[np.int64]:
+    def _share(self, start: int, end: int) -> range:
         """This rank's part of the places [start, end): the ranks' parts in order are the whole."""
         count = end - start
         low = start + count * self.rank // self.world_size
         high = start + count * (self.rank + 1) // self.world_size
-        return np.arange(low, high)
+        return range(low, high)
 
     def _shapes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         records = self.shards.index[rows]
@@ -294,8 +296,8 @@ class Loader:
         index = torch.from_numpy(rows)
         boxes = [torch.from_numpy(d.boxes.astype(np.float32)) for d in draws]
         metadata = {}
-        for name, values in self._metadata.items():
-            part = values[index]
+        for name, values in self.shards.metadata.of(rows, self._factors).items():
+            part = torch.from_numpy(values)
             metadata[name] = part[:, 0] if part.ndim == 2 and part.shape[1] == 1 else part
         return Batch(
             views=tensors[0],

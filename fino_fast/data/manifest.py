@@ -48,7 +48,7 @@ class Manifest(StrictModel):
     """What a sealed set consists of."""
 
     format: Literal["fino-fast shards"] = "fino-fast shards"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     planned: int = Field(ge=1)
     """Rows that were ever planned."""
     samples: int = Field(ge=1)
@@ -61,6 +61,8 @@ class Manifest(StrictModel):
     index: SealedFile
     table: SealedFile
     """One row a sample: id, path, split and raw metadata, in the order of the index."""
+    metadata: SealedFile
+    """One record a sample: what the loss takes of its metadata, in the order of the index."""
     shards: list[SealedShard] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -81,7 +83,7 @@ class Manifest(StrictModel):
         """Read the manifest of a sealed set.
 
         Raises:
-            DataError: the set is not sealed, or the manifest is damaged.
+            DataError: the set is not sealed, or by an earlier version, or the manifest is damaged.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -89,8 +91,14 @@ class Manifest(StrictModel):
                 f"{folder}: is no sealed set of shards: it has no {MANIFEST}; run `fino-fast "
                 "ingest` until it ends without an error"
             )
+        content = read_json(path)
+        if content.get("version") == 1:
+            raise DataError(
+                f"{folder}: was sealed by an earlier fino-fast; run the same `fino-fast ingest` "
+                "again: it keeps every shard and seals them anew"
+            )
         try:
-            return cls.checked(read_json(path), str(path))
+            return cls.checked(content, str(path))
         except ConfigError as error:
             raise DataError(f"{error}; the file is damaged") from error
 

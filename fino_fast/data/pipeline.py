@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from fino_fast.errors import DataError
@@ -30,20 +29,21 @@ class PixelForm:
     """Pixel value that counts as 1."""
 
 
-def pixel_form(shards: ShardSet, rows: np.ndarray, views: Views) -> PixelForm:
-    """The form of the images at `rows`.
+def pixel_form(shards: ShardSet, split: str, views: Views) -> PixelForm:
+    """The form of the images of a split.
 
     Raises:
         DataError: they have no common form, or not the one that the recipe asks for.
     """
-    dtypes = {FORMS[form][1] for form in np.unique(shards.index["form"][rows])}
+    forms = shards.split(split).forms
+    dtypes = {FORMS[form][1] for form, _ in forms}
     if len(dtypes) > 1:
         raise DataError(
             f"{shards.folder}: images of types {sorted(dtypes)} in one split: their values have no "
             "common scale; convert them to one type"
         )
     (dtype,) = dtypes
-    found = [int(c) for c in np.unique(shards.index["channels"][rows])]
+    found = sorted({channels for _, channels in forms})
     wanted = views.channels
     if wanted is None:
         if len(found) > 1:

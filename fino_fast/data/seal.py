@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from fino_fast.errors import DataError
 
 from .files import committed, remove_temporaries, sha256_of, write_json
-from .index import FORMS, RECORD, index_header
+from .index import FORMS, RECORD, npy_header
 from .manifest import MANIFEST, Manifest, SealedFile
+from .metadata import pack, record_type
 from .plan import FACTOR, Plan, plan_folder, planned_ids
 from .schema import Schema
 from .write import Receipt
@@ -24,7 +25,7 @@ _REJECT_COLUMNS = ["row", "table_row", "id", "path", "code", "detail"]
 
 
 def seal(out: Path, plans: list[Plan], receipts: list[Receipt]) -> Manifest:
-    """Write index, sample table and schema, and commit the manifest.
+    """Write index, metadata, sample table and schema, and commit the manifest.
 
     The files that an earlier seal's manifest names stay until the new manifest stands, so a reader
     sees the old set or the new one.
@@ -42,18 +43,22 @@ def seal(out: Path, plans: list[Plan], receipts: list[Receipt]) -> Manifest:
     schema = Schema.read(plan_folder(out, last) / "schema.json")
     suffix = f"{last:04d}"
     names = [f"schema-{suffix}.json", f"index-{suffix}.npy", f"samples-{suffix}.parquet"]
+    names.append(f"metadata-{suffix}.npy")
+    samples = sum(receipt.samples for receipt in receipts)
     write_json(out / names[0], schema.content())
     _write_index(out / names[1], out, receipts, schema)
     _write_parquet(out / names[2], _samples(out, receipts, schema))
+    _write_metadata(out / names[3], _samples(out, receipts, schema), samples, schema)
     sealed = [_sealed_file(out / name) for name in names]
     manifest = Manifest(
         planned=sum(plan.rows for plan in plans),
-        samples=sum(receipt.samples for receipt in receipts),
+        samples=samples,
         rejected=sum(receipt.rejected for receipt in receipts),
         plans=[plan.hash for plan in plans],
         schema_file=sealed[0],
         index=sealed[1],
         table=sealed[2],
+        metadata=sealed[3],
         shards=[receipt.sealed for receipt in receipts],
     )
     remove_temporaries(out)
@@ -94,7 +99,7 @@ def _write_index(path: Path, out: Path, receipts: list[Receipt], schema: Schema)
     numbers = ["offset", "size", "height", "width", "channels", "crc32"]
     splits = pa.array(schema.splits, pa.string())
     with committed(path) as file:
-        file.write(index_header(samples))
+        file.write(npy_header(RECORD, samples))
         for number, table in enumerate(_sidecars(out, receipts, columns + numbers)):
             table = table.filter(pc.equal(table["status"], "ok"))
             records = np.zeros(len(table), dtype=RECORD)
@@ -105,6 +110,13 @@ def _write_index(path: Path, out: Path, receipts: list[Receipt], schema: Schema)
             forms = zip(table["extension"].to_pylist(), table["dtype"].to_pylist(), strict=True)
             records["form"] = [FORMS.index(form) for form in forms]
             file.write(records.tobytes())
+
+
+def _write_metadata(path: Path, tables: Iterator[pa.Table], samples: int, schema: Schema) -> None:
+    with committed(path) as file:
+        file.write(npy_header(record_type(schema), samples))
+        for table in tables:
+            file.write(pack(schema, table).tobytes())
 
 
 def _samples(out: Path, receipts: list[Receipt], schema: Schema) -> Iterator[pa.Table]:

@@ -19,8 +19,10 @@ from fino_fast.errors import DataError
 from .files import sha256_of
 from .index import FORMS, Index, read_index
 from .manifest import Manifest, SealedFile
+from .metadata import MetadataFile
 from .plan import FACTOR
 from .schema import Encoded, Schema, number_matrix
+from .splits import Split
 
 _OPEN_SHARDS = 128
 
@@ -52,17 +54,32 @@ class Strings(Sequence[str]):
 class ShardSet:
     """Samples of a sealed set, by number: their bytes, metadata and place.
 
-    Opening checks the manifest, the schema, the index and every shard's size; each sample's
-    checksum is checked when it is read. `fino-fast verify` checks every byte.
+    Opening checks the manifest, the schema, the index, the encoded metadata and the size of
+    everything else; the sample table is checked when it is first read, each sample's checksum
+    whenever it is. `fino-fast verify` checks every byte.
+
+    Memory does not grow with the number of samples but for the index, 32 bytes a sample, which all
+    processes of a machine share; `ids`, `splits`, `encoded` and `raw` make what they are named.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, schema: Schema, index: Index) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        schema: Schema,
+        index: Index,
+        metadata: MetadataFile,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.schema = schema
         self.index = index
+        self.metadata = metadata
+        """Encoded metadata of chosen samples: `metadata.of(rows, names)`."""
         self.schema_hash = manifest.schema_file.sha256
         self.manifest_hash = manifest.hash
+        self._splits: dict[str, Split] = {}
+        self._table_checked = False
         self._files: OrderedDict[int, int] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -75,14 +92,16 @@ class ShardSet:
         """
         path = Path(path)
         manifest = Manifest.read(path)
-        for sealed in (manifest.schema_file, manifest.index, manifest.table):
+        for sealed in (manifest.schema_file, manifest.index, manifest.metadata):
             check_file(path, sealed)
+        check_size("sample table", path / manifest.table.name, manifest.table.bytes)
         for shard in manifest.shards:
-            check_shard_size(path / f"{shard.name}.tar", shard.bytes)
+            check_size("shard", path / f"{shard.name}.tar", shard.bytes)
         schema = Schema.read(path / manifest.schema_file.name)
         sizes = [shard.bytes for shard in manifest.shards]
         index = read_index(path / manifest.index.name, manifest.samples, sizes, len(schema.splits))
-        return cls(path, manifest, schema, index)
+        metadata = MetadataFile(path / manifest.metadata.name, schema, manifest.samples)
+        return cls(path, manifest, schema, index, metadata)
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -106,18 +125,28 @@ class ShardSet:
         names: NDArray[np.object_] = np.array(self.schema.splits, dtype=object)
         return np.take(names, self.index["split"])
 
-    def rows_of(self, split: str) -> NDArray[np.int64]:
-        """Numbers of the samples of a split, ascending.
+    def split(self, name: str) -> Split:
+        """The samples of a split.
 
         Raises:
             DataError: the set has no such split, or no sample of it.
         """
-        if split not in self.schema.splits:
-            raise DataError(f"{self.folder}: no split {split!r}; it has {self.schema.splits}")
-        rows = np.flatnonzero(self.index["split"] == self.schema.splits.index(split))
-        if len(rows) == 0:
-            raise DataError(f"{self.folder}: split {split!r} has no sample")
-        return rows
+        if name not in self.schema.splits:
+            raise DataError(f"{self.folder}: no split {name!r}; it has {self.schema.splits}")
+        if name not in self._splits:
+            self._splits[name] = Split(self.index, self.schema.splits.index(name))
+        if len(self._splits[name]) == 0:
+            raise DataError(f"{self.folder}: split {name!r} has no sample")
+        return self._splits[name]
+
+    def rows_of(self, split: str) -> NDArray[np.int64]:
+        """Numbers of all samples of a split, ascending, int64 [n]; `split` finds them one by one.
+
+        Raises:
+            DataError: the set has no such split, or no sample of it.
+        """
+        self.split(split)
+        return np.flatnonzero(self.index["split"] == self.schema.splits.index(split))
 
     def encoded(self, name: str) -> Encoded:
         """One factor's metadata for all samples, as the loss takes them.
@@ -127,10 +156,10 @@ class ShardSet:
             missing, unscaled; cyclic ones as (sin, cos), multi-valued ones as indicators.
 
         Raises:
-            DataError: the set has no such factor, or its table is damaged.
+            DataError: the set has no such factor, or its metadata are damaged.
         """
-        raw = self.raw_column(name)
-        return self.schema.factors[name].encode(raw)
+        self.check_factor(name)
+        return self.metadata.all(name)
 
     def raw(self, name: str) -> list[str | None] | list[list[str] | None] | NDArray[np.float64]:
         """One factor's values for all samples, as they stand in the table.
@@ -176,7 +205,23 @@ class ShardSet:
         """Where a sample is, for messages."""
         record = self.index[row]
         name = self.manifest.shards[int(record["shard"])].name
-        return f"sample {self.ids[row]!r} in {self.folder / name}.tar at offset {record['offset']}"
+        return f"sample {self._id(row)!r} in {self.folder / name}.tar at offset {record['offset']}"
+
+    def _id(self, row: int) -> str:
+        """A sample's id, without reading those of the others: a message is no reason for that."""
+        self._check_table()
+        path = self.folder / self.manifest.table.name
+        try:
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    count = file.metadata.row_group(group).num_rows
+                    if row < count:
+                        value: str = file.read_row_group(group, ["id"])["id"][row].as_py()
+                        return value
+                    row -= count
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+        raise DataError(f"{path}: is damaged: fewer rows than samples")
 
     def _read_at(self, shard: int, offset: int, size: int) -> bytes:
         # pread and not mmap: a file that shrinks under a mapping kills the process, and Python
@@ -201,13 +246,28 @@ class ShardSet:
         Raises:
             DataError: the set has no such factor, or its table is damaged.
         """
+        self.check_factor(name)
+        return self._column(FACTOR + name).combine_chunks()
+
+    def check_factor(self, name: str) -> None:
+        """Refuse the name of a factor that the set does not have.
+
+        Raises:
+            DataError: there is no such factor.
+        """
         if name not in self.schema.factors:
             raise DataError(
                 f"{self.folder}: no factor {name!r}; it has {list(self.schema.factors)}"
             )
-        return self._column(FACTOR + name).combine_chunks()
+
+    def _check_table(self) -> None:
+        """Compare the sample table with the manifest, once."""
+        if not self._table_checked:
+            check_file(self.folder, self.manifest.table)
+            self._table_checked = True
 
     def _column(self, name: str) -> pa.ChunkedArray:
+        self._check_table()
         path = self.folder / self.manifest.table.name
         try:
             column = pq.read_table(path, columns=[name])[name]
@@ -229,8 +289,8 @@ def check_file(folder: Path, sealed: SealedFile) -> None:
         raise DataError(f"{path}: is not the file that was sealed (its SHA-256 differs)")
 
 
-def check_shard_size(path: Path, expected: int) -> None:
-    """Compare a shard's size with the manifest.
+def check_size(what: str, path: Path, expected: int) -> None:
+    """Compare a file's size with the manifest; `what` it is goes into the message.
 
     Raises:
         DataError: it is missing or has another size.
@@ -238,8 +298,8 @@ def check_shard_size(path: Path, expected: int) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise DataError(f"shard {path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{what} {path}: cannot be read: {error.strerror}") from error
     if found != expected:
         raise DataError(
-            f"shard {path}: has {found} bytes, {expected} were sealed: it was cut or replaced"
+            f"{what} {path}: has {found} bytes, {expected} were sealed: it was cut or replaced"
         )

@@ -13,7 +13,7 @@ from fino_fast.errors import DataError
 from .files import sha256_of
 from .index import FORMS
 from .manifest import SealedShard
-from .shardset import ShardSet
+from .shardset import ShardSet, check_file
 from .tar import BLOCK, member_header
 from .write import Receipt
 
@@ -29,9 +29,11 @@ def verify(folder: Path, progress: Callable[[SealedShard], None] | None = None) 
         One line for each fault that concerns a shard; empty when all is well.
 
     Raises:
-        DataError: the set cannot even be opened (not sealed, a shard cut, the index damaged).
+        DataError: the set cannot even be opened (not sealed, a shard cut, the index damaged), or
+            its sample table has changed.
     """
     shards = ShardSet.open(folder)
+    check_file(folder, shards.manifest.table)
     faults: list[str] = []
     first = 0
     for number, shard in enumerate(shards.manifest.shards):

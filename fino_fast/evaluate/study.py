@@ -143,7 +143,7 @@ class Study:
             "seed": self.seed,
             "plan": self.plan,
             "arms": measured,
-            "samples": {split: len(shards.rows_of(split)) for split in shards.schema.splits},
+            "samples": {split: len(shards.split(split)) for split in shards.schema.splits},
             "manifest_hash": shards.manifest_hash,
             "seconds": self.seconds,
         }

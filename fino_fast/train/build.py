@@ -24,9 +24,8 @@ def settle_normalisation(config: TrainConfig, shards: ShardSet) -> TrainConfig:
     declared = timm.get_pretrained_cfg(config.backbone.name)
     if declared is None or {"mean", "std"} & config.views.model_fields_set:
         return config
-    rows = shards.rows_of(split_of(config, shards))
     mean, std = list(declared.mean), list(declared.std)
-    if pixel_form(shards, rows, config.views).channels != len(mean):
+    if pixel_form(shards, split_of(config, shards), config.views).channels != len(mean):
         # Added channels see the mean of the old ones' weights, so they get the mean of these too.
         mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
     views = config.views.model_copy(update={"mean": mean, "std": std})

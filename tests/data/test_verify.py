@@ -119,7 +119,15 @@ def with_comment(png: bytes, text: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["shard-*-000001.parquet", "shard-*-000001.json", "index-*", "samples-*", "schema-*"]
+    "pattern",
+    [
+        "shard-*-000001.parquet",
+        "shard-*-000001.json",
+        "index-*",
+        "metadata-*",
+        "samples-*",
+        "schema-*",
+    ],
 )
 def test_a_changed_small_file_is_found(lab: Lab, shard: Path, pattern: str) -> None:
     (path,) = lab.out.glob(pattern)
@@ -135,7 +143,9 @@ def test_a_changed_small_file_is_found(lab: Lab, shard: Path, pattern: str) -> N
     assert path.name in found
 
 
-@pytest.mark.parametrize("pattern", ["MANIFEST.json", "index-*", "samples-*", "schema-*"])
+@pytest.mark.parametrize(
+    "pattern", ["MANIFEST.json", "index-*", "metadata-*", "samples-*", "schema-*"]
+)
 def test_an_unsealed_or_incomplete_folder_is_refused(lab: Lab, shard: Path, pattern: str) -> None:
     (path,) = lab.out.glob(pattern)
     path.unlink()
@@ -143,7 +153,29 @@ def test_an_unsealed_or_incomplete_folder_is_refused(lab: Lab, shard: Path, patt
         lab.open()
 
 
-SMALL_FILES = ["MANIFEST.json", "schema-0000.json", "index-0000.npy", "samples-0000.parquet"]
+def test_a_set_of_an_earlier_version_says_what_to_do(lab: Lab, shard: Path) -> None:
+    path = lab.out / "MANIFEST.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"version": 1}), encoding="utf-8")
+    with pytest.raises(DataError, match="run the same `fino-fast ingest` again"):
+        lab.open()
+    lab.ingest()
+    assert verify(lab.out) == []
+
+
+def test_a_message_names_the_sample_without_reading_all_ids(lab: Lab, shard: Path) -> None:
+    shards = lab.open()
+    told = [shards.describe(row) for row in range(len(shards))]
+    assert "ids" not in shards.__dict__
+    assert all(repr(shards.ids[row]) in text for row, text in enumerate(told))
+
+
+SMALL_FILES = [
+    "MANIFEST.json",
+    "schema-0000.json",
+    "index-0000.npy",
+    "metadata-0000.npy",
+    "samples-0000.parquet",
+]
 
 
 @settings(max_examples=60, deadline=None)
