@@ -149,7 +149,13 @@ def native_build() -> dict[str, object]:
 
     extension = CppExtension(
         "fino_fast._C",
-        ["csrc/ops.cpp", "csrc/module.cpp", "csrc/cpu/capability.cpp", "csrc/cpu/sweep.cpp"],
+        [
+            "csrc/ops.cpp",
+            "csrc/module.cpp",
+            "csrc/cpu/capability.cpp",
+            "csrc/cpu/sweep.cpp",
+            "csrc/cpu/orthogonal.cpp",
+        ],
         define_macros=[(f"FINO_HAVE_{level.upper()}", "1") for level in LEVELS],
         extra_compile_args={"cxx": ["-O2", "-Wall"]},
         depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")],

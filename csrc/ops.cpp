@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/orthogonal.h"
 #include "cpu/sweep.h"
 
 namespace fino {
@@ -321,6 +322,50 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> heads_forward(
   return {losses, metrics, grad_x, grad_bank, grad_offset};
 }
 
+// ----------------------------------------------------------------------------- orthogonal
+
+template <typename T>
+std::tuple<Tensor, Tensor> orthogonal_of(const Tensor& z_in, const Tensor& design, bool preserve) {
+  const Tensor z = dense<T>(z_in);
+  Projector<T> projector{};
+  Tensor slots, sizes, basis;
+  if (design.dim() == 1) {
+    Tensor labels;
+    std::tie(labels, slots, sizes) =
+        at::_unique2(design.clamp_min(-1), /*sorted=*/true, /*return_inverse=*/true,
+                     /*return_counts=*/true);
+    if (labels.numel() > 0 && labels[0].item<int64_t>() < 0) {  // the first slot: the missing
+      slots = slots - 1;
+      sizes = sizes.slice(0, 1);
+    }
+    sizes = dense<T>(sizes);
+    projector.slot = slots.data_ptr<int64_t>();
+  } else {
+    basis = dense<T>(design);
+    sizes = at::ones({basis.size(1)}, basis.options());
+    projector.basis = basis.data_ptr<T>();
+  }
+  projector.size = sizes.data_ptr<T>();
+  projector.k = sizes.numel();
+  Tensor grad = at::empty_like(z);
+  const double value =
+      orthogonal<T>(runtime<T>, z.data_ptr<T>(), z.size(0), z.size(1), projector,
+                    preserve ? Overlap::shared : Overlap::explained, grad.data_ptr<T>());
+  return {at::scalar_tensor(value, z.options()), grad};
+}
+
+std::tuple<Tensor, Tensor> orthogonal_forward(const Tensor& z, const Tensor& design,
+                                              bool preserve) {
+  TORCH_CHECK(z.dim() == 2, "fino: z must be [N, D], found ", z.sizes());
+  TORCH_CHECK(design.dim() >= 1 && design.size(0) == z.size(0) &&
+                  (design.dim() == 1 ? design.scalar_type() == at::kLong
+                                     : design.dim() == 2 && design.size(1) >= 1),
+              "fino: the design must be int64 [N=", z.size(0), "] or float [N, d], found ",
+              design.scalar_type(), " ", design.sizes());
+  return z.scalar_type() == at::kDouble ? orthogonal_of<double>(z, design, preserve)
+                                        : orthogonal_of<float>(z, design, preserve);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(fino, m) {
@@ -339,12 +384,16 @@ TORCH_LIBRARY(fino, m) {
       "bool want_bank) -> (Tensor losses, Tensor metrics, Tensor[] grad_x, Tensor[] grad_bank, "
       "Tensor[] grad_offset)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "orthogonal_forward(Tensor z, Tensor design, bool preserve) -> (Tensor value, Tensor grad_z)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(fino, CPU, m) {
   m.impl("contrastive_forward", contrastive_forward);
   m.impl("contrastive_backward", contrastive_backward);
   m.impl("heads_forward", heads_forward);
+  m.impl("orthogonal_forward", orthogonal_forward);
 }
 
 }  // namespace fino

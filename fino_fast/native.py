@@ -6,6 +6,8 @@ from torch import Tensor
 from . import ops
 from .distributed import gather_views, rank
 from .eager import Eager
+from .factors import Role
+from .reference import accumulation_dtype, orthonormal_design
 from .terms import HeadCall, HeadResult
 
 # Above this size of a bank its gradient is not held from the forward to the backward pass.
@@ -13,7 +15,7 @@ DEFERRED_BANK_BYTES = 2**28
 
 
 class Native(Eager):
-    """C++ sweeps that never store the logits; what they do not cover is plain PyTorch."""
+    """C++ sweeps that never store the logits."""
 
     def contrastive(self, rows: Tensor, logit_scale: Tensor, views: int, two_tower: bool) -> Tensor:
         columns = gather_views(rows.detach(), views)
@@ -35,6 +37,14 @@ class Native(Eager):
         for i in deferred:
             results |= zip([i], _run([calls[i]], False, False), strict=True)
         return [results[i] for i in range(len(calls))]
+
+    def orthogonal(self, z: Tensor, metadata: Tensor, role: Role) -> Tensor:
+        z, design = gather_views(z, 1), gather_views(metadata, 1)
+        if design.dim() == 2:
+            missing = design.isnan().any(1)
+            basis = orthonormal_design(design, ~missing).to(accumulation_dtype(z.dtype))
+            design = basis.masked_fill(missing[:, None], torch.nan)
+        return ops.orthogonal(z, design, role == "preserve")
 
 
 def _deferred(call: HeadCall) -> bool:

@@ -78,6 +78,22 @@ def heads(
     return losses, metrics, grad_x
 
 
+def orthogonal(z: Tensor, design: Tensor, preserve: bool) -> Tensor:
+    """The orthogonal suppression term R_f (`reference.orthogonal`), its gradient in the same visit.
+
+    Args:
+        z: [N, D].
+        design: [N] int64 categories (negative: the row takes no part), or [N, d] orthonormal
+            columns (NaN: the row takes no part).
+        preserve: the role.
+
+    Returns:
+        0-d.
+    """
+    value: Tensor = torch.ops.fino.orthogonal_forward(z, design, preserve)[0]
+    return value
+
+
 def _contrastive_forward_fake(
     rows: Tensor, columns: Tensor, scale: Tensor, views: int, first: int, two_tower: bool
 ) -> tuple[Tensor, Tensor]:
@@ -126,6 +142,11 @@ def _heads_forward_fake(
     )
 
 
+def _orthogonal_forward_fake(z: Tensor, design: Tensor, preserve: bool) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(z.dtype)
+    return z.new_empty((), dtype=dtype), z.new_empty(z.shape, dtype=dtype)
+
+
 def _contrastive_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     rows, columns, logit_scale, *ctx.rest = inputs
     ctx.save_for_backward(rows, columns, logit_scale, output[1])
@@ -169,11 +190,22 @@ def _heads_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*parts, [None] * size, [None] * size, [None] * size, None, None, None, None)
 
 
+def _orthogonal_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[1])
+
+
+def _orthogonal_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (grad_z,) = ctx.saved_tensors
+    return (grad_z * grad).to(ctx.dtype), None, None
+
+
 if LOAD_ERROR is None:
     for _name, _fake in (
         ("contrastive_forward", _contrastive_forward_fake),
         ("contrastive_backward", _contrastive_backward_fake),
         ("heads_forward", _heads_forward_fake),
+        ("orthogonal_forward", _orthogonal_forward_fake),
     ):
         torch.library.register_fake(f"fino::{_name}", _fake)
     torch.library.register_autograd(
@@ -181,4 +213,7 @@ if LOAD_ERROR is None:
     )
     torch.library.register_autograd(
         "fino::heads_forward", _heads_backward, setup_context=_heads_context
+    )
+    torch.library.register_autograd(
+        "fino::orthogonal_forward", _orthogonal_backward, setup_context=_orthogonal_context
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fino_fast import backends, native, ops
 from fino_fast.eager import Eager
+from fino_fast.factors import Role
 from fino_fast.terms import HeadCall, Kind
 
 NATIVE, EAGER = native.Native(), Eager()
@@ -126,7 +127,7 @@ def test_auto_falls_back_with_one_warning(monkeypatch, recwarn):
 
 # The sizes stand astride the sides of the tiles: one tile, an odd and an even number of them, and a
 # last one of a single row.
-@pytest.mark.parametrize("images", [1, 2, 31, 32, 33, 64, 97, 160, 513])
+@pytest.mark.parametrize("images", [1, 2, 31, 32, 128, 129, 257, 385, 513])
 @pytest.mark.parametrize(
     ("views", "two_tower", "tau"),
     [(2, False, 0.1), (2, True, 0.1), (3, False, 0.1), (2, False, 0.01)],
@@ -233,6 +234,56 @@ def test_half_precision_gradients_survive_a_loss_scale():
     torch.testing.assert_close(half.x.grad.float(), call.x.grad, rtol=2e-2, atol=1e-6)
 
 
+def orthogonal_gradients(z: Tensor, design: Tensor, role: Role, backend: Eager) -> list[Tensor]:
+    leaf = z.detach().clone().requires_grad_()
+    value = backend.orthogonal(leaf, design, role)
+    value.backward()
+    return [t.detach().double() for t in (value, leaf.grad)]
+
+
+# (d, k): the sweep over few groups, the squared form of many, groups of one row, one value.
+@pytest.mark.parametrize(("n", "d", "k"), [(70, 40, 5), (70, 7, 20), (300, 5, 400), (40, 300, 90)])
+@pytest.mark.parametrize("role", ["preserve", "suppress"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_orthogonal_equals_the_oracle(n, d, k, role, dtype):
+    z = (torch.randn(n, d) + 3).to(dtype)
+    categories = torch.randint(-1, k, (n,))
+    values = torch.randn(n, 3)
+    values[torch.rand(n) < 0.2, 1] = torch.nan
+    for design in (categories, values, values[:, :1]):
+        assert_as_exact_as_eager(
+            orthogonal_gradients(z, design, role, NATIVE),
+            orthogonal_gradients(z, design, role, EAGER),
+            orthogonal_gradients(z.double(), design.double() if design.dim() > 1 else design, role,
+                                 EAGER),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ["preserve", "suppress"])
+def test_rows_that_take_no_part_in_the_orthogonal_term_may_hold_anything(role):
+    z, missing = torch.randn(9, 4), torch.tensor([0, 1, 2, 1, 0, -1, 2, 2, -1])
+    expected = orthogonal_gradients(z, missing, role, NATIVE)
+    z[5], z[8] = torch.inf, torch.nan
+    for one, two in zip(orthogonal_gradients(z, missing, role, NATIVE), expected, strict=True):
+        assert torch.equal(one, two)
+    value, gradient = orthogonal_gradients(z, torch.full((9,), -1), role, NATIVE)
+    assert value == 0
+    assert gradient.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("design", "found"),
+    [
+        (torch.zeros(4, dtype=torch.int64), r"Long \[4\]"),
+        (torch.zeros(5), r"Float \[5\]"),
+        (torch.zeros(5, 0), r"Float \[5, 0\]"),
+    ],
+)
+def test_wrong_designs_are_errors(design, found):
+    with pytest.raises(RuntimeError, match=rf"int64 \[N=5\] or float \[N, d\], found {found}"):
+        ops.orthogonal(torch.zeros(5, 2), design, True)
+
+
 def operator_samples(dtype: torch.dtype) -> Iterator[tuple[object, tuple[object, ...]]]:
     rows = torch.randn(6, 4, dtype=dtype, requires_grad=True)
     scale = torch.tensor(5.0, dtype=dtype, requires_grad=True)
@@ -264,6 +315,11 @@ def operator_samples(dtype: torch.dtype) -> Iterator[tuple[object, tuple[object,
                 want,
             ),
         )
+
+    z = torch.randn(6, 4, dtype=dtype, requires_grad=True)
+    for design in (torch.tensor([0, 2, -1, 0, 2, 7]), torch.randn(6, 2, dtype=dtype)):
+        for preserve in (False, True):
+            yield torch.ops.fino.orthogonal_forward.default, (z, design, preserve)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -347,7 +403,13 @@ def test_every_level_of_this_processor_gives_the_oracle_s_result():
                 loss = backend.contrastive(leaf, torch.tensor(10.0), 2, False)
                 loss.backward()
                 grads.append((loss.detach(), leaf.grad))
-            torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+            for backend in (Native(), Eager()):
+                leaf = rows.clone().requires_grad_()
+                value = backend.orthogonal(leaf, torch.arange(150) % 7, "preserve")
+                value.backward()
+                grads.append((value.detach(), leaf.grad))
+            torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(grads[2], grads[3], rtol=1e-5, atol=1e-7)
             print(fino_fast._C.capability())
             """,
             FINO_CPU_CAPABILITY=level,

@@ -48,6 +48,15 @@ struct Epilogues {
   // `gradient`, row becomes weight · ∂loss/∂row.
   RowLoss<T> (*squared_error)(T* row, int64_t n, const T* offset, const T* target,
                               Activation activation, T weight, bool gradient);
+
+  // out = x − y (out may be x); returns Σ out².
+  T (*difference)(const T* x, const T* y, T* out, int64_t n);
+
+  // Σ weight_k·x_k² (weight may be null: 1).
+  T (*weighted_squares)(const T* x, const T* weight, int64_t n);
+
+  // g = a·g + b·u + v (u and v may be null: 0).
+  void (*combine)(T* g, const T* u, const T* v, T a, T b, int64_t n);
 };
 
 // The level that this process uses (capability.cpp).

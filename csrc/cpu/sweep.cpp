@@ -1,10 +1,11 @@
 #include "sweep.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
-#include <memory>
 #include <utility>
 #include <vector>
+
 
 namespace fino {
 
@@ -12,12 +13,6 @@ namespace {
 
 constexpr double normalize_eps = 1e-12;
 constexpr int64_t scratch_bytes = int64_t{32} << 20;
-
-// Torch's allocator is not at hand; a scratch tile is left uninitialised on purpose.
-template <typename T>
-std::unique_ptr<T[]> scratch(int64_t count) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
-}
 
 struct Pair {
   int64_t row, column;
@@ -52,9 +47,12 @@ void pair_sweep(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d,
                 const Visit& visit) {
   const int64_t side = pair_side(n), blocks = (n + side - 1) / side;
   for (const auto& round : tournament(blocks)) {
-    runtime.parallel(static_cast<int64_t>(round.size()), [&](int64_t begin, int64_t end) {
+    // Threads take the next pair when they are free: they seldom run equally fast. Which one
+    // computes a pair does not matter to the result.
+    std::atomic<size_t> next{0};
+    runtime.parallel(static_cast<int64_t>(round.size()), [&](int64_t, int64_t) {
       const auto tile = scratch<T>(side * side);
-      for (int64_t index = begin; index < end; ++index) {
+      for (size_t index = next++; index < round.size(); index = next++) {
         const int64_t i = round[index].row * side, j = round[index].column * side;
         const int64_t rows = std::min(side, n - i), columns = std::min(side, n - j);
         runtime.gemm(false, true, rows, columns, d, unit + i * d, d, unit + j * d, d, false,
@@ -62,21 +60,6 @@ void pair_sweep(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d,
         visit(tile.get(), i, rows, j, columns);
       }
     });
-  }
-}
-
-// The tile loop of all other sweeps: rows in blocks against the whole bank. The product and
-// whatever the visitor multiplies use all threads; visit(block, first row, rows) gets the
-// products [rows, k].
-template <typename T, typename Visit>
-void block_sweep(const Runtime<T>& runtime, const T* x, int64_t n, const T* bank, int64_t k,
-                 int64_t d, const Visit& visit) {
-  const int64_t step = block_rows<T>(n, k);
-  const auto block = scratch<T>(step * k);
-  for (int64_t first = 0; first < n; first += step) {
-    const int64_t rows = std::min(step, n - first);
-    runtime.gemm(false, true, rows, k, d, x + first * d, d, bank, d, false, block.get(), k);
-    visit(block.get(), first, rows);
   }
 }
 
@@ -88,7 +71,9 @@ int64_t block_rows(int64_t rows, int64_t columns) {
   return std::clamp<int64_t>(fit, 16, std::max<int64_t>(rows, 16));
 }
 
-int64_t pair_side(int64_t n) { return n >= 4096 ? 256 : n >= 1024 ? 128 : 64; }
+// Large enough for the library's product to run near its full rate, small enough for a second-level
+// cache (measured: docs/kernels.md).
+int64_t pair_side(int64_t n) { return n >= 8192 ? 384 : 256; }
 
 template <typename T>
 void normalize_rows(const Runtime<T>& runtime, const T* x, int64_t n, int64_t d, T* unit,

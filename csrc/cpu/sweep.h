@@ -3,10 +3,12 @@
 // handed in. T is float or double.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
 #include "epilogues.h"
+#include "scratch.h"
 
 namespace fino {
 
@@ -26,6 +28,21 @@ struct Runtime {
 // Rows of one tile of `block_sweep`, so that rows · columns stays in `scratch_bytes`.
 template <typename T>
 int64_t block_rows(int64_t rows, int64_t columns);
+
+// The tile loop of all other sweeps: rows in blocks against the whole bank. The product and
+// whatever the visitor multiplies use all threads; visit(block, first row, rows) gets the
+// products [rows, k].
+template <typename T, typename Visit>
+void block_sweep(const Runtime<T>& runtime, const T* x, int64_t n, const T* bank, int64_t k,
+                 int64_t d, const Visit& visit) {
+  const int64_t step = block_rows<T>(n, k);
+  const auto block = scratch<T>(step * k);
+  for (int64_t first = 0; first < n; first += step) {
+    const int64_t rows = std::min(step, n - first);
+    runtime.gemm(false, true, rows, k, d, x + first * d, d, bank, d, false, block.get(), k);
+    visit(block.get(), first, rows);
+  }
+}
 
 // Side of the square tiles of `pair_sweep`. A function of n alone, so that the result does not
 // depend on the number of threads.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/capability.h"
+#include "cpu/orthogonal.h"
 #include "cpu/sweep.h"
 
 namespace {
@@ -150,16 +151,91 @@ void check_cross_entropy(std::mt19937& generator, int64_t n, int64_t d, int64_t 
   for (int64_t i = 0; i < k * d; ++i) compare(grad_bank[i], gb[i]);
 }
 
+// The value against loops over Z, S = E M and U, the gradient against differences of the value.
+template <typename T>
+void check_orthogonal(std::mt19937& generator, int64_t n, int64_t d, int64_t k, bool categories,
+                      fino::Overlap overlap) {
+  std::vector<T> z = random<T>(generator, n * d), size(k, T(1)), basis;
+  std::vector<int64_t> slot(n);
+  if (categories) {
+    std::fill(size.begin(), size.end(), T(0));
+    for (int64_t i = 0; i < n; ++i) {
+      slot[i] = i < k ? i : int64_t(generator() % (k + 1)) - 1;
+      if (slot[i] >= 0) size[slot[i]] += 1;
+    }
+  } else {  // columns that do not meet are orthogonal; centred pairs (+, −)
+    basis.assign(n * k, T(0));
+    for (int64_t g = 0; g < k; ++g) {
+      basis[2 * g * k + g] = T(std::sqrt(0.5));
+      basis[(2 * g + 1) * k + g] = T(-std::sqrt(0.5));
+    }
+    for (int64_t g = 0; g < k; ++g) basis[(n - 1) * k + g] = std::numeric_limits<T>::quiet_NaN();
+  }
+  const fino::Projector<T> projector{categories ? slot.data() : nullptr,
+                                     categories ? nullptr : basis.data(), size.data(), k};
+  const auto part = [&](int64_t i) { return categories ? slot[i] >= 0 : i + 1 < n; };
+  const auto expected = [&](const std::vector<T>& rows) {
+    Vector mean(d, 0), means(k * d, 0), s(n * d, 0), u(n * d, 0);
+    double valid = 0, signal = 0, rest = 0, overlap_sum = 0, total = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (part(i)) {
+        ++valid;
+        for (int64_t l = 0; l < d; ++l) mean[l] += rows[i * d + l];
+      }
+    const auto entry = [&](int64_t i, int64_t g) {
+      return categories ? double(slot[i] == g) : double(basis[i * k + g]);
+    };
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t g = 0; part(i) && g < k; ++g)
+        for (int64_t l = 0; l < d; ++l)
+          means[g * d + l] += entry(i, g) * (rows[i * d + l] - mean[l] / valid) / double(size[g]);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t l = 0; part(i) && l < d; ++l) {
+        for (int64_t g = 0; g < k; ++g) s[i * d + l] += entry(i, g) * means[g * d + l];
+        const double centred = rows[i * d + l] - mean[l] / valid;
+        u[i * d + l] = centred - s[i * d + l];
+        signal += s[i * d + l] * s[i * d + l];
+        rest += u[i * d + l] * u[i * d + l];
+        total += centred * centred;
+      }
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        double dot = 0;
+        for (int64_t l = 0; l < d; ++l) dot += s[i * d + l] * u[j * d + l];
+        overlap_sum += dot * dot;
+      }
+    return overlap == fino::Overlap::explained ? signal / total : overlap_sum / (signal * rest);
+  };
+  std::vector<T> grad(n * d);
+  compare(fino::orthogonal(runtime<T>, z.data(), n, d, projector, overlap, grad.data()),
+          expected(z));
+  if (sizeof(T) < 8) return;
+  for (int64_t e = 0; e < n * d; e += 1 + n * d / 7) {
+    const T at = z[e], step = T(1e-5);
+    z[e] = at + step;
+    const double above = expected(z);
+    z[e] = at - step;
+    const double below = expected(z);
+    z[e] = at;
+    const double slope = (above - below) / (2 * step);
+    if (!(std::abs(slope - grad[e]) < 1e-8)) worst = std::numeric_limits<double>::infinity();
+  }
+}
+
 template <typename T>
 void check_all() {
   std::mt19937 generator(0);
-  for (const int64_t n : {1, 2, 3, 63, 64, 65, 130, 200})
-    for (const int64_t d : {1, 5, 33})
+  for (const int64_t n : {2, 3, 65, 256, 257, 530})
+    for (const int64_t d : {1, 5, 17})
       for (const double scale : {5.0, 39.0, 100.0})
-        if (n > 1) check_contrastive<T>(generator, n, d, scale);
+        check_contrastive<T>(generator, n, d, scale);
   for (const int64_t n : {1, 7, 40})
     for (const int64_t k : {1, 2, 17, 100})
       for (const bool prototype : {false, true}) check_cross_entropy<T>(generator, n, 6, k, prototype);
+  for (const bool categories : {false, true})
+    for (const auto overlap : {fino::Overlap::explained, fino::Overlap::shared})
+      for (const int64_t d : {3, 70})  // the squared form, the sweep
+        for (const int64_t k : {2, 9}) check_orthogonal<T>(generator, 31, d, k, categories, overlap);
 }
 
 }  // namespace

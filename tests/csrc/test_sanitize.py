@@ -38,6 +38,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [
         HERE / "sweep_check.cpp",
         CSRC / "cpu" / "sweep.cpp",
+        CSRC / "cpu" / "orthogonal.cpp",
         CSRC / "cpu" / "capability.cpp",
     ]
     program = folder / "sweep_check"
