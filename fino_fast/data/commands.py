@@ -13,7 +13,7 @@ from fino_fast.errors import ConfigError, DataError
 
 from .declaration import Declaration
 from .engines import Engine, LocalEngine, RayEngine
-from .files import committed
+from .files import Location, LocationField, committed, local_copy
 from .infer import infer_schema
 from .ingest import SHARD_BYTES, Allowance, Report, Request, ingest
 from .inspect import contact_sheet, summary_lines
@@ -32,10 +32,10 @@ class Ingest(CommandModel):
     3 disk full.
     """
 
-    table: Path
-    """CSV or Parquet file with one row an image."""
-    images: Path
-    """Folder that the table's paths start from."""
+    table: LocationField
+    """CSV or Parquet file with one row an image: a path or an fsspec URL like s3://bucket/x.csv."""
+    images: LocationField
+    """Folder that the table's paths start from: a path or URL."""
     id: str
     """Column with a unique id for every image."""
     path: str
@@ -44,8 +44,8 @@ class Ingest(CommandModel):
     """YAML file that declares the factors."""
     infer: bool = False
     """Only write a first schema, from what the table holds, to the path given by --schema."""
-    out: Path
-    """Folder of the shards."""
+    out: LocationField
+    """Folder of the shards: a path or URL."""
     engine: Literal["local", "ray"] = "local"
     """Where shards are written: processes of this machine, or Ray tasks."""
     ray_address: str | None = None
@@ -68,7 +68,8 @@ class Ingest(CommandModel):
 
     def run(self) -> int:
         if self.infer:
-            infer_schema(self.table, self.id, self.path, self.schema_path)
+            with local_copy(self.table) as table:
+                infer_schema(table, self.id, self.path, self.schema_path)
             print(f"{self.schema_path}: written; set the roles in it, then ingest without --infer")
             return 0
         request = Request(
@@ -112,8 +113,8 @@ class Verify(CommandModel):
     Exit codes: 0 all is well, 1 something is not; the shards are named.
     """
 
-    shards: CliPositionalArg[Path]
-    """Folder of the shards."""
+    shards: CliPositionalArg[LocationField]
+    """Folder of the shards: a path or URL."""
 
     def run(self) -> int:
         sealed = Manifest.read(self.shards)
@@ -135,8 +136,8 @@ class Verify(CommandModel):
 class Inspect(CommandModel):
     """Look at a sealed set before training: a contact sheet and every factor's distribution."""
 
-    shards: CliPositionalArg[Path]
-    """Folder of the shards."""
+    shards: CliPositionalArg[LocationField]
+    """Folder of the shards: a path or URL."""
     sheet: Path = Path("contact-sheet.png")
     """Where to write the contact sheet."""
     split: str | None = None
@@ -169,7 +170,7 @@ def parse_part(text: str) -> tuple[int, int]:
     raise ConfigError(f"shard-of: {text!r} is no part like 0/8 … 7/8")
 
 
-def summary(out: Path, report: Report) -> str:
+def summary(out: Location, report: Report) -> str:
     """What a person wants to know after an ingest."""
     manifest = report.manifest
     if manifest is None:

@@ -1,20 +1,64 @@
-"""Files that are either whole or absent: temporary name, fsync, rename, fsync of the folder."""
+"""Files that are either whole or absent, on a disk or behind a URL.
+
+On a disk: temporary name, fsync, rename, fsync of the folder. In an object store: a local spool
+file, one upload, a check of what arrived.
+"""
 
 import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
-from fino_fast.errors import DataError, DiskFullError
+from pydantic import PlainSerializer, PlainValidator
+
+from fino_fast.errors import ConfigError, DataError, DiskFullError
+
+from .remote import Remote
 
 TEMPORARY = ".tmp-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 1 << 20
+
+
+Location = Path | Remote
+"""A file or folder: a path, or an fsspec URL."""
+
+
+def location(place: str | Path | Remote) -> Location:
+    """`s3://bucket/folder` and other fsspec URLs as a Remote, anything else as a Path.
+
+    Raises:
+        ConfigError: no such kind of URL.
+        MissingExtraError: what reads it is not installed.
+    """
+    text = str(place)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        if "::" in text and "://" in text:
+            raise ConfigError(f"{text}: chained URLs cannot be used; give the store's own URL")
+        return Path(text)
+    remote = Remote(text)
+    remote.check_driver()
+    return remote
+
+
+LocationField = Annotated[Location, PlainValidator(location), PlainSerializer(str)]
+"""A field of a model that takes both forms."""
+
+
+def make_folder(folder: Location) -> None:
+    """Make a folder and its parents; object stores need none, and a bucket is never made."""
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -27,14 +71,32 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def committed(path: Path) -> Iterator[IO[bytes]]:
+def committed(path: Location) -> Iterator[IO[bytes]]:
     """Open a temporary file that becomes `path` when the block ends without an error.
-
-    The temporary name holds host and process, so two writers of one file never share it.
 
     Raises:
         DiskFullError: no space, quota or file-size limit; the temporary file is removed.
+        DataError: a store did not take the upload.
     """
+    try:
+        if isinstance(path, Remote):
+            with _uploaded(path) as file:
+                yield file
+        else:
+            with _renamed(path) as file:
+                yield file
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskFullError(
+                f"{path}: no room left to write it ({error.strerror}); what is committed is "
+                "intact: free some space and run the same command again"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _renamed(path: Path) -> Iterator[IO[bytes]]:
+    # The name holds host and process, so that two writers of one file never share it.
     temporary = path.with_name(f"{TEMPORARY}{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -43,24 +105,79 @@ def committed(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in _FULL:
-            raise DiskFullError(
-                f"{path}: no room left to write it ({error.strerror}); what is committed is "
-                "intact: free some space and run the same command again"
-            ) from error
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what interrupted writers left behind."""
-    for leftover in folder.glob(f"**/{TEMPORARY}*"):
-        leftover.unlink(missing_ok=True)
+@contextlib.contextmanager
+def _uploaded(path: Remote) -> Iterator[IO[bytes]]:
+    with tempfile.NamedTemporaryFile(prefix="fino-fast-") as spool:
+        yield spool
+        spool.flush()
+        try:
+            path.upload(Path(spool.name))
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be uploaded: {error.strerror}; what is committed is intact: run "
+                "the same command again"
+            ) from error
 
 
-def sha256_of(path: Path) -> str:
+def remove_temporaries(folder: Location) -> None:
+    """Remove what interrupted writers left behind; an object store never shows any of it."""
+    if isinstance(folder, Path):
+        for leftover in folder.glob(f"**/{TEMPORARY}*"):
+            leftover.unlink(missing_ok=True)
+
+
+def open_read(path: Location) -> IO[bytes]:
+    """A file to read bytes from.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return path.open() if isinstance(path, Remote) else path.open("rb")
+
+
+def parquet_source(path: Location) -> Path | IO[bytes]:
+    """What pyarrow reads a Parquet file from.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return path if isinstance(path, Path) else path.open()
+
+
+def size_of(path: Location) -> int:
+    """Bytes of a file.
+
+    Raises:
+        OSError: it is not there.
+    """
+    return path.stat().size if isinstance(path, Remote) else path.stat().st_size
+
+
+@contextlib.contextmanager
+def local_copy(path: Location) -> Iterator[Path]:
+    """A file as one on this machine, for as long as the block lasts.
+
+    Raises:
+        DataError: it cannot be fetched.
+    """
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="fino-fast-") as folder:
+        copy = Path(folder, path.name)
+        try:
+            with path.open() as source, copy.open("wb") as target:
+                shutil.copyfileobj(source, target, _CHUNK)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be fetched: {error.strerror}") from error
+        yield copy
+
+
+def sha256_of(path: Location) -> str:
     """SHA-256 of a file as a hex string.
 
     Raises:
@@ -68,7 +185,7 @@ def sha256_of(path: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_read(path) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
     except OSError as error:
@@ -82,7 +199,7 @@ def canonical_json(content: Any) -> bytes:
     return (text + "\n").encode("utf-8")
 
 
-def write_json(path: Path, content: Any) -> str:
+def write_json(path: Location, content: Any) -> str:
     """Commit `content` as canonical JSON; return the SHA-256 of the bytes."""
     data = canonical_json(content)
     with committed(path) as file:
@@ -90,7 +207,7 @@ def write_json(path: Path, content: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Location) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:

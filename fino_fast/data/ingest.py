@@ -1,10 +1,9 @@
 """The whole of ingestion: plan, write, seal, and everything that makes a rerun safe."""
 
-import fcntl
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +15,18 @@ from fino_fast.errors import ConfigError, DataError, TooManyRejectsError
 
 from .declaration import Declaration
 from .engines import Engine
-from .files import canonical_json, remove_temporaries, sha256_of
+from .files import (
+    Location,
+    canonical_json,
+    local_copy,
+    make_folder,
+    remove_temporaries,
+    sha256_of,
+)
+from .lock import locked
 from .manifest import Manifest
 from .plan import FACTOR, Inputs, Plan, make_plan, plan_folder, planned_columns
+from .remote import Remote
 from .schema import Schema, shorten
 from .seal import REJECTS, seal, write_rejects
 from .table import Rows, parse_rows, read_table
@@ -26,7 +34,9 @@ from .write import Receipt, WriteTask, committed_receipt, write_shard
 
 SHARD_BYTES = 256 << 20
 LOCK = "ingest.lock"
+RIVAL = "another ingest"
 _SHOWN = 10
+_CONNECTIONS = 16
 
 
 @dataclass(frozen=True)
@@ -63,12 +73,12 @@ class Allowance:
 class Request:
     """What to ingest, from where, to where."""
 
-    table: Path
-    images: Path
+    table: Location
+    images: Location
     id_column: str
     path_column: str
     declaration: Declaration
-    out: Path
+    out: Location
     seed: int = 0
     shard_bytes: int = SHARD_BYTES
     check: bool = True
@@ -109,25 +119,38 @@ def ingest(request: Request, engine: Engine, progress: Progress | None = None) -
         TooManyRejectsError: more images were rejected than allowed; the shards stay, unsealed.
         DiskFullError: no room left.
     """
-    if not request.images.is_dir():
+    if not _is_folder(request.images):
         raise ConfigError(f"{request.images}: is no folder of images")
-    inputs = _inputs(request)
-    request.out.mkdir(parents=True, exist_ok=True)
+    make_folder(request.out)
+    with local_copy(request.table) as table:
+        return _ingest(request, table, engine, progress)
+
+
+def _is_folder(images: Location) -> bool:
+    try:
+        return images.is_dir()
+    except OSError as error:
+        raise DataError(f"{images}: cannot be read: {error.strerror}") from error
+
+
+def _ingest(request: Request, table: Path, engine: Engine, progress: Progress | None) -> Report:
+    """The whole of it, with a table on this machine."""
+    inputs = _inputs(request, table)
     if request.part is not None:
-        return _ingest_part(request, inputs, engine, progress)
-    with locked(request.out):
+        return _ingest_part(request, table, inputs, engine, progress)
+    with locked(request.out / LOCK, RIVAL):
         remove_temporaries(request.out)
         plans = read_plans(request.out)
         _check_inputs(request, plans, inputs)
         # An unfinished plan is finished before another one is made.
         written = _write_missing(request, plans, engine, progress)
-        unknown = _plan_further(request, plans, inputs)
+        unknown = _plan_further(request, table, plans, inputs)
         written += _write_missing(request, plans, engine, progress)
         return _finish(request, plans, written, unknown)
 
 
 def _ingest_part(
-    request: Request, inputs: Inputs, engine: Engine, progress: Progress | None
+    request: Request, table: Path, inputs: Inputs, engine: Engine, progress: Progress | None
 ) -> Report:
     """One of several processes that share the shards of one plan without talking to each other.
 
@@ -138,26 +161,28 @@ def _ingest_part(
         raise ConfigError(
             "rejects are tried again by one ingest for all, without a share of shards"
         )
-    with locked(request.out, wait=True):
+    with locked(request.out / LOCK, RIVAL, wait=True):
         plans = read_plans(request.out)
         _check_inputs(request, plans, inputs)
         unknown = {}
         if not plans or plans[-1].inputs != inputs:
-            unknown = _plan_further(request, plans, inputs)
+            unknown = _plan_further(request, table, plans, inputs)
     written = _write_missing(request, plans, engine, progress)
-    with locked(request.out, wait=True):
-        remaining = sum(committed_receipt(task) is None for task in _tasks(request, plans))
+    with locked(request.out / LOCK, RIVAL, wait=True):
+        remaining = _committed(_tasks(request, plans)).count(None)
         if remaining:
             return Report(None, written, {}, unknown, remaining)
         remove_temporaries(request.out)
         return _finish(request, plans, written, unknown)
 
 
-def _plan_further(request: Request, plans: list[Plan], inputs: Inputs) -> dict[str, dict[str, int]]:
+def _plan_further(
+    request: Request, table: Path, plans: list[Plan], inputs: Inputs
+) -> dict[str, dict[str, int]]:
     """Append a plan of what is new in the table, if anything; return the unknown values."""
     if plans and plans[-1].inputs == inputs and not request.retry_rejects:
         return {}
-    rows = _read_rows(request)
+    rows = _read_rows(request, table)
     new = _plan_new_rows(request, plans, inputs, rows)
     plans += [new] if new else []
     return rows.unknown
@@ -179,24 +204,7 @@ def _finish(
     return Report(manifest, written, dict(Counter(rejects["code"].to_pylist())), unknown)
 
 
-@contextmanager
-def locked(out: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a set for writing. The system drops the lock with the process: none is ever stale.
-
-    Raises:
-        DataError: another ingest holds it, and `wait` is not set.
-    """
-    with (out / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise DataError(
-                f"{out}: another ingest is writing there; wait until it ends"
-            ) from error
-        yield
-
-
-def read_plans(out: Path) -> list[Plan]:
+def read_plans(out: Location) -> list[Plan]:
     """All plans of a set, in order; a plan without its `plan.json` was never committed.
 
     Raises:
@@ -212,10 +220,10 @@ def read_plans(out: Path) -> list[Plan]:
     return plans
 
 
-def _inputs(request: Request) -> Inputs:
+def _inputs(request: Request, table: Path) -> Inputs:
     declaration = canonical_json(request.declaration.model_dump(mode="json"))
     return Inputs(
-        table_sha256=sha256_of(request.table),
+        table_sha256=sha256_of(table),
         declaration_sha256=hashlib.sha256(declaration).hexdigest(),
         id_column=request.id_column,
         path_column=request.path_column,
@@ -241,9 +249,7 @@ def _check_inputs(request: Request, plans: list[Plan], inputs: Inputs) -> None:
                 "rules do not mix: use the former, or another --out (roles and weights can be "
                 "changed in the training configuration)"
             )
-    if known.table_sha256 != inputs.table_sha256 and any(
-        committed_receipt(task) is None for task in _tasks(request, plans)
-    ):
+    if known.table_sha256 != inputs.table_sha256 and None in _committed(_tasks(request, plans)):
         raise ConfigError(
             f"{request.out}: an ingest of another version of {request.table.name} is unfinished; "
             "finish it with the former table first"
@@ -270,8 +276,15 @@ def _tasks(request: Request, plans: list[Plan]) -> list[WriteTask]:
 
 def _receipts(request: Request, plans: list[Plan]) -> list[Receipt]:
     """The receipts of all committed shards, in order."""
-    receipts = map(committed_receipt, _tasks(request, plans))
-    return [receipt for receipt in receipts if receipt is not None]
+    return [receipt for receipt in _committed(_tasks(request, plans)) if receipt is not None]
+
+
+def _committed(tasks: list[WriteTask]) -> list[Receipt | None]:
+    """Each task's receipt, or None where the shard is not committed; in order."""
+    if not tasks or not isinstance(tasks[0].out, Remote):
+        return [committed_receipt(task) for task in tasks]
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        return list(pool.map(committed_receipt, tasks))
 
 
 def _write_missing(
@@ -280,7 +293,9 @@ def _write_missing(
     """Write every planned shard (of this process's part) that has no receipt; count them."""
     first, step = request.part or (0, 1)
     tasks = _tasks(request, plans)[first::step]
-    missing = [task for task in tasks if committed_receipt(task) is None]
+    missing = [
+        task for task, receipt in zip(tasks, _committed(tasks), strict=True) if receipt is None
+    ]
     total = sum(task.shard.rows for task in missing)
     for receipt in engine.run(write_shard, missing):
         if progress:
@@ -288,14 +303,14 @@ def _write_missing(
     return len(missing)
 
 
-def _read_rows(request: Request) -> Rows:
+def _read_rows(request: Request, path: Path) -> Rows:
     declaration = request.declaration
     columns = [request.id_column, request.path_column]
     columns += [column for name in declaration.factors for column in declaration.columns_of(name)]
     columns += [declaration.split.column] if declaration.split else []
-    table = read_table(request.table, list(dict.fromkeys(columns)), declaration.table.delimiter)
+    table = read_table(path, list(dict.fromkeys(columns)), declaration.table.delimiter)
     if len(table) == 0:
-        raise DataError(f"{request.table}: has no rows")
+        raise DataError(f"{path}: has no rows")
     return parse_rows(table, declaration, request.id_column, request.path_column)
 
 

@@ -1,7 +1,6 @@
 """`MANIFEST.json`: written last, names everything that belongs to a sealed set, with hashes."""
 
 import hashlib
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,7 +8,7 @@ from pydantic import Field, model_validator
 from fino_fast.config import StrictModel
 from fino_fast.errors import ConfigError, DataError
 
-from .files import canonical_json, read_json
+from .files import Location, canonical_json, read_json
 
 MANIFEST = "MANIFEST.json"
 
@@ -79,14 +78,18 @@ class Manifest(StrictModel):
         return self
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Location) -> Self:
         """Read the manifest of a sealed set.
 
         Raises:
             DataError: the set is not sealed, or by an earlier version, or the manifest is damaged.
         """
         path = folder / MANIFEST
-        if not path.is_file():
+        try:
+            sealed = path.is_file()
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
+        if not sealed:
             raise DataError(
                 f"{folder}: is no sealed set of shards: it has no {MANIFEST}; run `fino-fast "
                 "ingest` until it ends without an error"

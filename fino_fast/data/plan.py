@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
@@ -22,10 +21,19 @@ from fino_fast.config import StrictModel
 from fino_fast.errors import ConfigError, DataError
 
 from .declaration import Declaration
-from .files import canonical_json, committed, read_json, sha256_of, write_json
+from .files import (
+    Location,
+    canonical_json,
+    committed,
+    make_folder,
+    parquet_source,
+    read_json,
+    sha256_of,
+    write_json,
+)
 from .order import PLAN, derive_key, permute
 from .schema import Schema, freeze
-from .sources import Root
+from .sources import open_root
 from .stored import ImageRejected
 from .table import Rows
 
@@ -69,7 +77,7 @@ class Plan(StrictModel):
     schema_sha256: str
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Location) -> Self:
         """Read `plan.json` of a generation's folder.
 
         Raises:
@@ -95,12 +103,12 @@ class Plan(StrictModel):
         return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
 
 
-def plan_folder(out: Path, generation: int) -> Path:
+def plan_folder(out: Location, generation: int) -> Location:
     return out / f"plan-{generation:04d}"
 
 
 def make_plan(
-    out: Path,
+    out: Location,
     generation: int,
     first_row: int,
     inputs: Inputs,
@@ -108,7 +116,7 @@ def make_plan(
     rows: Rows,
     table_rows: NDArray[np.int64],
     fresh: NDArray[np.bool_],
-    images: Path,
+    images: Location,
     previous: Schema | None,
 ) -> Plan:
     """Plan the given rows as one generation and commit the plan; `plan.json` is written last.
@@ -136,7 +144,7 @@ def make_plan(
     found = _survey(images, rows.paths)
     shards = list(_cut(found.sizes[shuffled], generation, first_row, inputs.shard_bytes))
     folder = plan_folder(out, generation)
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     with committed(folder / "rows.parquet") as file:
         writer = None
         for shard in shards:
@@ -176,9 +184,13 @@ class _Survey:
     """Rows whose file cannot be taken, and why."""
 
 
-def _survey(images: Path, paths: pa.Array) -> _Survey:
-    """Look every path up."""
-    root = Root(images)
+def _survey(images: Location, paths: pa.Array) -> _Survey:
+    """Look every path up.
+
+    Raises:
+        DataError: a store does not answer.
+    """
+    root = open_root(images)
     found = _Survey(np.zeros(len(paths), np.int64), np.zeros(len(paths), np.int64), {})
 
     def look(start: int) -> None:
@@ -192,7 +204,10 @@ def _survey(images: Path, paths: pa.Array) -> _Survey:
 
     # Threads hide the latency of network file systems; locally they do no harm.
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        list(pool.map(look, range(0, len(paths), _STAT_CHUNK)))
+        try:
+            list(pool.map(look, range(0, len(paths), _STAT_CHUNK)))
+        except OSError as error:
+            raise DataError(f"{images}: cannot be listed: {error.strerror}") from error
     return found
 
 
@@ -231,7 +246,7 @@ def _cut(
         before, start, number = int(ends[end - 1]), end, number + 1
 
 
-def planned_ids(out: Path, plan: Plan) -> pa.Array:
+def planned_ids(out: Location, plan: Plan) -> pa.Array:
     """Ids of all rows of a plan.
 
     Raises:
@@ -240,7 +255,7 @@ def planned_ids(out: Path, plan: Plan) -> pa.Array:
     return planned_columns(out, plan, ["id"])["id"].combine_chunks()
 
 
-def planned_columns(out: Path, plan: Plan, columns: list[str]) -> pa.Table:
+def planned_columns(out: Location, plan: Plan, columns: list[str]) -> pa.Table:
     """Some columns of all rows of a plan, in planned order.
 
     Raises:
@@ -248,12 +263,12 @@ def planned_columns(out: Path, plan: Plan, columns: list[str]) -> pa.Table:
     """
     path = plan_folder(out, plan.generation) / "rows.parquet"
     try:
-        return pq.read_table(path, columns=columns)
+        return pq.read_table(parquet_source(path), columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-def read_planned_rows(out: Path, generation: int, group: int, shard: PlannedShard) -> pa.Table:
+def read_planned_rows(out: Location, generation: int, group: int, shard: PlannedShard) -> pa.Table:
     """The planned rows of one shard, which are row group `group` of the plan's row file.
 
     Raises:
@@ -261,7 +276,7 @@ def read_planned_rows(out: Path, generation: int, group: int, shard: PlannedShar
     """
     path = plan_folder(out, generation) / "rows.parquet"
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(parquet_source(path)) as file:
             table = file.read_row_group(group)
     except (OSError, pa.ArrowException, IndexError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error

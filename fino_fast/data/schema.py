@@ -7,7 +7,6 @@ move an index. Statistics come from the adaptation split alone.
 import hashlib
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -28,7 +27,7 @@ from .declaration import (
     MultiDeclaration,
     Role,
 )
-from .files import canonical_json, read_json
+from .files import Location, canonical_json, read_json
 from .statistics import Moments
 
 Encoded = NDArray[np.int64] | NDArray[np.float32]
@@ -213,7 +212,7 @@ class Schema(StrictModel):
         return self
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Location) -> Self:
         """Read `schema.json`.
 
         Raises:

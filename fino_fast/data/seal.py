@@ -1,7 +1,6 @@
 """Phase 3: every planned shard is there and its counts add up; then, and only then, a manifest."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +9,15 @@ import pyarrow.parquet as pq
 
 from fino_fast.errors import DataError
 
-from .files import committed, remove_temporaries, sha256_of, write_json
+from .files import (
+    Location,
+    committed,
+    parquet_source,
+    remove_temporaries,
+    sha256_of,
+    size_of,
+    write_json,
+)
 from .index import FORMS, RECORD, npy_header
 from .manifest import MANIFEST, Manifest, SealedFile
 from .metadata import pack, record_type
@@ -24,7 +31,7 @@ _TABLE_COLUMNS = ["row", "id", "path", "split"]
 _REJECT_COLUMNS = ["row", "table_row", "id", "path", "code", "detail"]
 
 
-def seal(out: Path, plans: list[Plan], receipts: list[Receipt]) -> Manifest:
+def seal(out: Location, plans: list[Plan], receipts: list[Receipt]) -> Manifest:
     """Write index, metadata, sample table and schema, and commit the manifest.
 
     The files that an earlier seal's manifest names stay until the new manifest stands, so a reader
@@ -66,7 +73,7 @@ def seal(out: Path, plans: list[Plan], receipts: list[Receipt]) -> Manifest:
     return manifest
 
 
-def _check_complete(out: Path, plans: list[Plan], receipts: list[Receipt]) -> None:
+def _check_complete(out: Location, plans: list[Plan], receipts: list[Receipt]) -> None:
     planned = [(shard, plan) for plan in plans for shard in plan.shards]
     if len(planned) != len(receipts):
         raise DataError(f"{out}: {len(receipts)} of {len(planned)} shards are committed")
@@ -79,11 +86,11 @@ def _check_complete(out: Path, plans: list[Plan], receipts: list[Receipt]) -> No
             raise DataError(f"{out}: shard {shard.name}: its receipt belongs to another plan")
 
 
-def _sidecars(out: Path, receipts: list[Receipt], columns: list[str]) -> Iterator[pa.Table]:
+def _sidecars(out: Location, receipts: list[Receipt], columns: list[str]) -> Iterator[pa.Table]:
     for receipt in receipts:
         path = out / f"{receipt.name}.parquet"
         try:
-            table = pq.read_table(path, columns=columns)
+            table = pq.read_table(parquet_source(path), columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
         if len(table) != receipt.rows:
@@ -91,7 +98,7 @@ def _sidecars(out: Path, receipts: list[Receipt], columns: list[str]) -> Iterato
         yield table
 
 
-def _write_index(path: Path, out: Path, receipts: list[Receipt], schema: Schema) -> None:
+def _write_index(path: Location, out: Location, receipts: list[Receipt], schema: Schema) -> None:
     samples = sum(receipt.samples for receipt in receipts)
     if samples == 0:
         raise DataError(f"{out}: not one image could be taken; see {REJECTS}")
@@ -112,20 +119,22 @@ def _write_index(path: Path, out: Path, receipts: list[Receipt], schema: Schema)
             file.write(records.tobytes())
 
 
-def _write_metadata(path: Path, tables: Iterator[pa.Table], samples: int, schema: Schema) -> None:
+def _write_metadata(
+    path: Location, tables: Iterator[pa.Table], samples: int, schema: Schema
+) -> None:
     with committed(path) as file:
         file.write(npy_header(record_type(schema), samples))
         for table in tables:
             file.write(pack(schema, table).tobytes())
 
 
-def _samples(out: Path, receipts: list[Receipt], schema: Schema) -> Iterator[pa.Table]:
+def _samples(out: Location, receipts: list[Receipt], schema: Schema) -> Iterator[pa.Table]:
     columns = _TABLE_COLUMNS + [FACTOR + name for name in schema.factors]
     for table in _sidecars(out, receipts, ["status", *columns]):
         yield table.filter(pc.equal(table["status"], "ok")).select(columns)
 
 
-def write_rejects(out: Path, plans: list[Plan], receipts: list[Receipt]) -> pa.Table:
+def write_rejects(out: Location, plans: list[Plan], receipts: list[Receipt]) -> pa.Table:
     """Commit `rejects.parquet`: every rejected row that was not tried again since; return it."""
     kept = []
     remaining = iter(receipts)
@@ -144,7 +153,7 @@ def write_rejects(out: Path, plans: list[Plan], receipts: list[Receipt]) -> pa.T
     return rejects
 
 
-def _write_parquet(path: Path, tables: Iterator[pa.Table] | list[pa.Table]) -> None:
+def _write_parquet(path: Location, tables: Iterator[pa.Table] | list[pa.Table]) -> None:
     tables = iter(tables)
     first = next(tables)
     with (
@@ -156,5 +165,5 @@ def _write_parquet(path: Path, tables: Iterator[pa.Table] | list[pa.Table]) -> N
             writer.write_table(table)
 
 
-def _sealed_file(path: Path) -> SealedFile:
-    return SealedFile(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+def _sealed_file(path: Location) -> SealedFile:
+    return SealedFile(name=path.name, bytes=size_of(path), sha256=sha256_of(path))

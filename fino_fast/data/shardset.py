@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from fino_fast.errors import DataError
 
-from .files import sha256_of
+from .cache import RemoteShards, check_shard_sizes, fetch_small_files
+from .files import Location, location, sha256_of
 from .index import FORMS, Index, read_index
 from .manifest import Manifest, SealedFile
 from .metadata import MetadataFile
 from .plan import FACTOR
+from .remote import Remote
 from .schema import Encoded, Schema, number_matrix
 from .splits import Split
 
@@ -64,13 +66,15 @@ class ShardSet:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Location,
+        local: Path,
         manifest: Manifest,
         schema: Schema,
         index: Index,
         metadata: MetadataFile,
     ) -> None:
         self.folder = folder
+        self._local = local
         self.manifest = manifest
         self.schema = schema
         self.index = index
@@ -80,28 +84,38 @@ class ShardSet:
         self.manifest_hash = manifest.hash
         self._splits: dict[str, Split] = {}
         self._table_checked = False
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files: OrderedDict[Path, int] = OrderedDict()
         self._lock = threading.Lock()
+        self._remote = RemoteShards(folder, manifest.shards) if isinstance(folder, Remote) else None
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open a sealed set.
+    def open(cls, path: Location | str) -> Self:
+        """Open a sealed set, in a folder or behind an fsspec URL.
+
+        Of a set in an object store, everything but the shards is fetched into this machine's cache
+        (`fino_fast.data.cache`); the shards are when they are read.
 
         Raises:
             DataError: it is not sealed, or a file is missing, cut or changed.
         """
-        path = Path(path)
-        manifest = Manifest.read(path)
-        for sealed in (manifest.schema_file, manifest.index, manifest.metadata):
+        folder = location(path)
+        manifest = Manifest.read(folder)
+        files = [manifest.schema_file, manifest.index, manifest.metadata]
+        if isinstance(folder, Remote):
+            path = fetch_small_files(folder, [*files, manifest.table], manifest.hash)
+            check_shard_sizes(folder, manifest.shards)
+        else:
+            path = folder
+            for shard in manifest.shards:
+                check_size("shard", path / f"{shard.name}.tar", shard.bytes)
+        for sealed in files:
             check_file(path, sealed)
         check_size("sample table", path / manifest.table.name, manifest.table.bytes)
-        for shard in manifest.shards:
-            check_size("shard", path / f"{shard.name}.tar", shard.bytes)
         schema = Schema.read(path / manifest.schema_file.name)
         sizes = [shard.bytes for shard in manifest.shards]
         index = read_index(path / manifest.index.name, manifest.samples, sizes, len(schema.splits))
         metadata = MetadataFile(path / manifest.metadata.name, schema, manifest.samples)
-        return cls(path, manifest, schema, index, metadata)
+        return cls(folder, path, manifest, schema, index, metadata)
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -210,7 +224,7 @@ class ShardSet:
     def _id(self, row: int) -> str:
         """A sample's id, without reading those of the others: a message is no reason for that."""
         self._check_table()
-        path = self.folder / self.manifest.table.name
+        path = self._local / self.manifest.table.name
         try:
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
@@ -224,14 +238,19 @@ class ShardSet:
         raise DataError(f"{path}: is damaged: fewer rows than samples")
 
     def _read_at(self, shard: int, offset: int, size: int) -> bytes:
+        if self._remote is None:
+            path = self._local / f"{self.manifest.shards[shard].name}.tar"
+        elif (cached := self._remote.local(shard)) is not None:
+            path = cached
+        else:
+            return self._remote.read_at(shard, offset, size)
         # pread and not mmap: a file that shrinks under a mapping kills the process, and Python
         # keeps a descriptor open for every mapping, of which there are too few for all shards.
         with self._lock:
-            descriptor = self._files.pop(shard, None)
+            descriptor = self._files.pop(path, None)
             if descriptor is None:
-                name = self.manifest.shards[shard].name
-                descriptor = os.open(self.folder / f"{name}.tar", os.O_RDONLY | os.O_CLOEXEC)
-            self._files[shard] = descriptor
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._files[path] = descriptor
             descriptor = os.dup(descriptor)
             if len(self._files) > _OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
@@ -263,12 +282,12 @@ class ShardSet:
     def _check_table(self) -> None:
         """Compare the sample table with the manifest, once."""
         if not self._table_checked:
-            check_file(self.folder, self.manifest.table)
+            check_file(self._local, self.manifest.table)
             self._table_checked = True
 
     def _column(self, name: str) -> pa.ChunkedArray:
         self._check_table()
-        path = self.folder / self.manifest.table.name
+        path = self._local / self.manifest.table.name
         try:
             column = pq.read_table(path, columns=[name])[name]
         except (OSError, pa.ArrowException, KeyError) as error:
@@ -278,7 +297,7 @@ class ShardSet:
         return column
 
 
-def check_file(folder: Path, sealed: SealedFile) -> None:
+def check_file(folder: Location, sealed: SealedFile) -> None:
     """Compare a small file of the set with the manifest.
 
     Raises:

@@ -4,11 +4,21 @@ that was planned."""
 import errno
 import os
 import stat
+import threading
 import unicodedata
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from .files import Location
+from .remote import Entry, Remote
 from .stored import ImageRejected
+
+_CONNECTIONS = 16
+"""Objects that a worker fetches at the same time."""
 
 
 class Source(NamedTuple):
@@ -17,6 +27,11 @@ class Source(NamedTuple):
     path: str
     size: int
     mtime_ns: int
+
+
+def open_root(images: Location) -> "Root | RemoteRoot":
+    """Where the table's paths start from, on a disk or in an object store."""
+    return RemoteRoot(images) if isinstance(images, Remote) else Root(images)
 
 
 class Root:
@@ -32,10 +47,7 @@ class Root:
         Raises:
             ImageRejected: it leaves the root, does not exist, or is no file.
         """
-        if "\0" in path:
-            raise ImageRejected("missing_file", "the path holds a NUL character")
-        if path.startswith("/") or (".." in path and ".." in path.split("/")):
-            raise ImageRejected("path_escape", "only paths below the image folder are taken")
+        _check_path(path)
         folder, _, name = path.rpartition("/")
         real_folder = self._real_folder(folder)
         if real_folder is None:
@@ -69,12 +81,12 @@ class Root:
                 data = file.readall()
         except OSError as error:
             raise _rejection(error, path, "", "") from error
-        if (state.st_size, state.st_mtime_ns) != (size, mtime_ns) or len(data) != size:
-            raise ImageRejected(
-                "source_changed",
-                f"planned with {size} bytes, now {len(data)} bytes or another time of change",
-            )
+        _check_unchanged((size, mtime_ns), (state.st_size, state.st_mtime_ns), data)
         return data
+
+    def reads(self, sources: Sequence[Source]) -> Iterator[Callable[[], bytes]]:
+        """For each planned file, what gives its content when called (see `read`)."""
+        return (partial(self.read, *source) for source in sources)
 
     def _real_folder(self, folder: str) -> str | None:
         """The real path of a folder below the root, None where it lies outside."""
@@ -87,12 +99,105 @@ class Root:
         return real == self._real or real.startswith(self._real.rstrip("/") + "/")
 
 
+class RemoteRoot:
+    """The folder of an object store that a table's paths start from.
+
+    Objects have no links, so a path cannot leave the root but by `..`, which is refused.
+    """
+
+    def __init__(self, folder: Remote) -> None:
+        self._folder = folder
+        self._entries: dict[str, dict[str, Entry]] = {}
+        self._lock = threading.Lock()
+
+    def find(self, path: str) -> Source:
+        """Look a path up, in one listing for all files of a folder.
+
+        Raises:
+            ImageRejected: it leaves the root, does not exist, or is no file.
+            OSError: the store does not answer.
+        """
+        _check_path(path)
+        folder, _, name = path.rpartition("/")
+        with self._lock:
+            if folder not in self._entries:
+                place = self._folder / folder if folder else self._folder
+                self._entries[folder] = place.entries()
+        entry = self._entries[folder].get(name)
+        if entry is None:
+            raise _missing(path, name, self._entries[folder].__contains__)
+        if not entry.is_file:
+            raise ImageRejected("not_a_file", "is a folder")
+        return Source(path, entry.size, entry.modified_ns)
+
+    def read(self, path: str, size: int, mtime_ns: int) -> bytes:
+        """The content of a planned file.
+
+        Raises:
+            ImageRejected: it is gone, or is not what was planned.
+            OSError: the store does not answer; a store that is down rejects no image.
+        """
+        _check_path(path)
+        source = self._folder / path
+        try:
+            entry = source.stat()
+            data = source.read_bytes()
+        except FileNotFoundError as error:
+            raise ImageRejected("missing_file", "no such object") from error
+        _check_unchanged((size, mtime_ns), (entry.size, entry.modified_ns), data)
+        return data
+
+    def reads(self, sources: Sequence[Source]) -> Iterator[Callable[[], bytes]]:
+        """For each planned file, what gives its content when called (see `read`).
+
+        Some are fetched ahead, because a store answers late but many at once.
+        """
+        ahead: deque[Future[bytes]] = deque()
+        with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="fino-fetch") as pool:
+            for source in sources:
+                ahead.append(pool.submit(self.read, *source))
+                if len(ahead) >= 2 * _CONNECTIONS:
+                    yield ahead.popleft().result
+            while ahead:
+                yield ahead.popleft().result
+
+
+def _check_path(path: str) -> None:
+    """Refuse what names no file below the image folder.
+
+    Raises:
+        ImageRejected: an absolute path, `..`, or a NUL character.
+    """
+    if "\0" in path:
+        raise ImageRejected("missing_file", "the path holds a NUL character")
+    if path.startswith("/") or (".." in path and ".." in path.split("/")):
+        raise ImageRejected("path_escape", "only paths below the image folder are taken")
+
+
+def _check_unchanged(planned: tuple[int, int], found: tuple[int, int], data: bytes) -> None:
+    """Compare size and time of change with what was planned.
+
+    Raises:
+        ImageRejected: they differ.
+    """
+    if found != planned or len(data) != planned[0]:
+        raise ImageRejected(
+            "source_changed",
+            f"planned with {planned[0]} bytes, now {len(data)} bytes or another time of change",
+        )
+
+
 def _rejection(error: OSError, path: str, folder: str, name: str) -> ImageRejected:
     if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
         return ImageRejected("unreadable", f"{error.strerror}")
+    return _missing(path, name, lambda other: os.path.lexists(f"{folder}/{other}"))
+
+
+def _missing(path: str, name: str, is_there: Callable[[str], bool]) -> ImageRejected:
+    """Say what is wrong with a path that leads to no file."""
     for form in ("NFC", "NFD"):
         other = unicodedata.normalize(form, name)
-        if other != name and os.path.lexists(f"{folder}/{other}"):
+        if other != name and is_there(other):
             return ImageRejected(
                 "missing_file", f"no such file, but one whose name is the {form} form of {path!r}"
             )

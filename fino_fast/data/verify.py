@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,7 +9,7 @@ import pyarrow.parquet as pq
 
 from fino_fast.errors import DataError
 
-from .files import sha256_of
+from .files import Location, open_read, parquet_source, sha256_of
 from .index import FORMS
 from .manifest import SealedShard
 from .shardset import ShardSet, check_file
@@ -18,7 +17,7 @@ from .tar import BLOCK, member_header
 from .write import Receipt
 
 
-def verify(folder: Path, progress: Callable[[SealedShard], None] | None = None) -> list[str]:
+def verify(folder: Location, progress: Callable[[SealedShard], None] | None = None) -> list[str]:
     """Check counts, sizes and hashes of everything in a sealed set.
 
     Args:
@@ -33,7 +32,10 @@ def verify(folder: Path, progress: Callable[[SealedShard], None] | None = None) 
             its sample table has changed.
     """
     shards = ShardSet.open(folder)
-    check_file(folder, shards.manifest.table)
+    sealed = shards.manifest
+    # Opening compared copies in the cache where the set lies in an object store.
+    for file in (sealed.schema_file, sealed.index, sealed.metadata, sealed.table):
+        check_file(folder, file)
     faults: list[str] = []
     first = 0
     for number, shard in enumerate(shards.manifest.shards):
@@ -41,6 +43,8 @@ def verify(folder: Path, progress: Callable[[SealedShard], None] | None = None) 
             _verify_shard(shards, number, shard, first)
         except DataError as error:
             faults.append(f"shard {shard.name}: {error}")
+        except OSError as error:
+            faults.append(f"shard {shard.name}: cannot be read: {error.strerror}")
         first += shard.samples
         if progress:
             progress(shard)
@@ -60,7 +64,7 @@ def _verify_shard(shards: ShardSet, number: int, shard: SealedShard, first: int)
     if Receipt.read(folder / f"{shard.name}.json").sealed != shard:
         raise DataError(f"{shard.name}.json and the manifest disagree")
     try:
-        sidecar = pq.read_table(sidecar_path)
+        sidecar = pq.read_table(parquet_source(sidecar_path))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{sidecar_path.name} cannot be read: {error}") from error
     samples = sidecar.filter(pc.equal(sidecar["status"], "ok")).to_pylist()
@@ -69,7 +73,7 @@ def _verify_shard(shards: ShardSet, number: int, shard: SealedShard, first: int)
         raise DataError(f"{sidecar_path.name} does not hold the rows that were sealed")
     digest = hashlib.sha256()
     place = 0
-    with (folder / f"{shard.name}.tar").open("rb") as tar:
+    with open_read(folder / f"{shard.name}.tar") as tar:
 
         def advance(to: int) -> bytes:
             nonlocal place

@@ -7,6 +7,7 @@ runs it, how often, and what was left behind by an earlier attempt make no diffe
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,11 +18,11 @@ import pyarrow.parquet as pq
 from fino_fast.errors import ConfigError, DataError
 
 from .declaration import ImagesDeclaration
-from .files import committed, read_json, sha256_of, write_json
+from .files import Location, committed, read_json, sha256_of, size_of, write_json
 from .images import prepare
 from .manifest import SealedShard
 from .plan import FACTOR, PlannedShard, read_planned_rows
-from .sources import Root
+from .sources import Source, open_root
 from .stored import ImageRejected, Stored
 from .tar import TarWriter
 
@@ -63,7 +64,7 @@ class Receipt(SealedShard):
         return SealedShard(**self.model_dump(include=set(SealedShard.model_fields)))
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Location) -> Self:
         """Read a receipt.
 
         Raises:
@@ -79,8 +80,8 @@ class Receipt(SealedShard):
 class WriteTask:
     """Everything that a worker needs to write one shard."""
 
-    out: Path
-    images: Path
+    out: Location
+    images: Location
     generation: int
     group: int
     """Row group of the shard in the plan's row file."""
@@ -100,22 +101,26 @@ def write_shard(task: WriteTask) -> Receipt:
 
     Raises:
         DiskFullError: no room left; nothing of this shard is committed.
-        DataError: the plan is damaged.
+        DataError: the plan is damaged, or a store fails.
         MissingExtraError: an image needs a package that is not installed.
     """
     planned = read_planned_rows(task.out, task.generation, task.group, task.shard)
-    root = Root(task.images)
+    rows = planned.to_pylist()
+    wanted = [Source(r["path"], r["size"], r["mtime_ns"]) for r in rows if r["code"] is None]
+    reads = open_root(task.images).reads(wanted)
     outcomes: list[dict[str, Any]] = []
     tar_path = task.out / f"{task.name}.tar"
     with committed(tar_path) as file:
         tar = TarWriter(file)
-        for row in planned.to_pylist():
-            outcomes.append(_write_row(tar, root, row, task))
+        for row in rows:
+            read = next(reads) if row["code"] is None else None
+            outcomes.append(_write_row(tar, read, row, task))
         digest = tar.close()
     sidecar = _sidecar(planned, outcomes)
-    sidecar_path = task.out / f"{task.name}.parquet"
-    with committed(sidecar_path) as file:
+    with committed(task.out / f"{task.name}.parquet") as file:
         pq.write_table(sidecar, file, compression="zstd")
+        file.flush()
+        sidecar_sha256 = sha256_of(Path(file.name))
     samples = sum(outcome["status"] == "ok" for outcome in outcomes)
     receipt = Receipt(
         name=task.name,
@@ -125,7 +130,7 @@ def write_shard(task: WriteTask) -> Receipt:
         rejected=task.shard.rows - samples,
         bytes=tar.size,
         sha256=digest,
-        sidecar_sha256=sha256_of(sidecar_path),
+        sidecar_sha256=sidecar_sha256,
         plan_sha256=task.plan_sha256,
         schema_sha256=task.schema_sha256,
     )
@@ -134,26 +139,34 @@ def write_shard(task: WriteTask) -> Receipt:
 
 
 def committed_receipt(task: WriteTask) -> Receipt | None:
-    """The receipt of a shard that needs no writing, None where it must be written (again)."""
+    """The receipt of a shard that needs no writing, None where it must be written (again).
+
+    Raises:
+        DataError: the folder or store does not let itself be read.
+    """
+    tar = task.out / f"{task.name}.tar"
     try:
+        size = size_of(tar)
         receipt = Receipt.read(task.out / f"{task.name}.json")
-        size = (task.out / f"{task.name}.tar").stat().st_size
         sidecar = sha256_of(task.out / f"{task.name}.parquet")
-    except (DataError, OSError):
+    except (DataError, FileNotFoundError):
         return None
+    except OSError as error:
+        raise DataError(f"{tar}: cannot be read: {error.strerror}") from error
     expected = (task.name, task.plan_sha256, task.shard.first_row, task.shard.rows)
     found = (receipt.name, receipt.plan_sha256, receipt.first_row, receipt.rows)
     whole = (size, sidecar) == (receipt.bytes, receipt.sidecar_sha256)
     return receipt if found == expected and whole else None
 
 
-def _write_row(tar: TarWriter, root: Root, row: dict[str, Any], task: WriteTask) -> dict[str, Any]:
-    """Write one planned row, or say why not."""
+def _write_row(
+    tar: TarWriter, read: Callable[[], bytes] | None, row: dict[str, Any], task: WriteTask
+) -> dict[str, Any]:
+    """Write one planned row, or say why not; `read` is None where the plan rejected it."""
     try:
-        if row["code"] is not None:
+        if read is None:
             raise ImageRejected(row["code"], row["detail"])
-        data = root.read(row["path"], row["size"], row["mtime_ns"])
-        stored = prepare(data, task.limits, check=task.check)
+        stored = prepare(_content(read, row, task), task.limits, check=task.check)
         if len(stored.payload) > _MAX_SAMPLE_BYTES:
             raise ImageRejected("too_large", f"{len(stored.payload)} bytes; 4 GiB is the limit")
     except ImageRejected as rejection:
@@ -162,6 +175,22 @@ def _write_row(tar: TarWriter, root: Root, row: dict[str, Any], task: WriteTask)
     offset = tar.add(f"{name}.{stored.extension}", stored.payload)
     tar.add(f"{name}.json", _metadata(row))
     return _placed(stored, offset)
+
+
+def _content(read: Callable[[], bytes], row: dict[str, Any], task: WriteTask) -> bytes:
+    """A source file's bytes.
+
+    Raises:
+        ImageRejected: the file cannot be taken.
+        DataError: a store does not answer: that is no fault of the image.
+    """
+    try:
+        return read()
+    except OSError as error:
+        raise DataError(
+            f"{task.images}/{row['path']}: cannot be fetched: {error.strerror}; run the same "
+            "command again"
+        ) from error
 
 
 def _placed(stored: Stored, offset: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from fino_fast.config import CommandModel
 from fino_fast.data import Loader, ShardSet, Views
+from fino_fast.data.files import LocationField
 from fino_fast.data.loader import Backend
 from fino_fast.errors import ConfigError
 from fino_fast.train.backbone import build_backbone, load_weights
@@ -25,8 +26,8 @@ class Embed(CommandModel):
     metadata (Parquet). It appears when it is complete; an existing folder is never overwritten.
     """
 
-    shards: CliPositionalArg[Path]
-    """Folder of sealed shards."""
+    shards: CliPositionalArg[LocationField]
+    """Folder of sealed shards: a path or an fsspec URL."""
     out: Path
     """Folder of the embeddings; it must not exist yet."""
     run_path: Path | None = Field(default=None, alias="run")

@@ -7,6 +7,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from fino_fast.config import StrictModel
 from fino_fast.data import Views
+from fino_fast.data.files import LocationField
 from fino_fast.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -118,8 +119,8 @@ class TeacherConfig(StrictModel):
 class TrainConfig(StrictModel):
     """Everything that a run depends on."""
 
-    data: Path
-    """Folder of sealed shards, the output of `fino-fast ingest`."""
+    data: LocationField
+    """Folder of sealed shards, the output of `fino-fast ingest`: a path or an fsspec URL."""
     output: Path
     """Folder of the run; it must not exist yet."""
     backbone: BackboneConfig

@@ -7,19 +7,22 @@ from typing import Any
 
 import pytest
 import ray
+from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
 from fino_fast.data.engines import RayEngine
 from fino_fast.data.ingest import ingest
+from fino_fast.data.remote import Remote
 from fino_fast.errors import DataError, DiskFullError
 
 from .labs import Lab
+from .stores import BUCKET, objects
 from .test_faults import KillAlways, KillOnce, Replaced
 from .test_ingest import content
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[RayEngine]:
-    """An engine on a Ray that is started once for all tests."""
+def engine(s3: ThreadedMotoServer) -> Iterator[RayEngine]:
+    """An engine on a Ray that is started once for all tests; its workers find the S3 server."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's workers do not find the tests' own modules: send them along.
@@ -38,6 +41,13 @@ def test_same_bytes_also_with_a_killed_worker(lab: Lab, engine: RayEngine, tmp_p
     ingest(lab.request(out=tmp_path / "killed-once"), Replaced(kill, engine))
     assert flag.exists()
     assert content(tmp_path / "killed-once") == content(lab.out)
+
+
+def test_same_bytes_in_an_object_store(lab: Lab, engine: RayEngine) -> None:
+    lab.ingest()
+    out = Remote(f"s3://{BUCKET}/ray")
+    ingest(lab.request(out=out), engine)
+    assert objects(out) == objects(lab.out)
 
 
 def test_a_task_that_keeps_killing_workers_is_named(lab: Lab, engine: RayEngine) -> None:

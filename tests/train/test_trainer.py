@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fino_fast.cli import main
 from fino_fast.data import ShardSet
+from fino_fast.data.files import location
 from fino_fast.errors import ConfigError, DataError, FinoError
 from fino_fast.train import TrainingInterrupted, train
 from fino_fast.train.backbone import build_backbone
@@ -359,6 +361,25 @@ def test_harmless_changes_and_a_moved_run(
     train(run_config(data, moved, **changes), resume=True)
     assert differing(path_of(moved, STEPS), path_of(whole_run, STEPS)) == []
     assert checkpoints(moved) == [path_of(moved, STEPS)]
+
+
+def test_shards_that_moved_into_a_store(
+    shards: Path,
+    started_run: Path,
+    whole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The configuration names a URL, in YAML too; the run ends with the same bits."""
+    monkeypatch.setenv("FINO_CACHE", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    store.put(str(shards), "/lab/shards", recursive=True)
+    config = run_config(shards, started_run).model_copy(
+        update={"data": location("memory://lab/shards")}
+    )
+    path = write_yaml(config, tmp_path / "config.yaml")
+    assert main(["train", str(path), "--resume"]) == 0
+    assert differing(path_of(started_run, STEPS), path_of(whole_run, STEPS)) == []
 
 
 def test_other_data_are_refused(five_channel_shards: Path, tmp_path: Path, shards: Path) -> None:
