@@ -91,7 +91,7 @@ Batch checked_batch(const Tensor& rows, const Tensor& columns, int64_t views, in
 // Whether every pair can be visited once: rows and columns are the same batch, and the logits are
 // bounded tightly enough to do without a running maximum.
 bool symmetric(const Batch& batch, double scale) {
-  return batch.local == batch.images && !batch.two_tower && scale <= max_bounded_scale;
+  return batch.local == batch.images && scale <= max_bounded_scale;
 }
 
 // Calls visit(first row, first column, columns, column that row 0 leaves out or −1) for every view
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor> contrastive_forward_of(const Tensor& rows_in, const T
   Tensor lse = at::empty({n}, rows.norms.options());
   T* out = lse.data_ptr<T>();
   if (symmetric(batch, scale)) {
-    pair_logsumexp<T>(runtime<T>, x, n, d, T(scale), out);
+    pair_logsumexp<T>(runtime<T>, x, n, d, T(scale), batch.two_tower, out);
   } else {
     for_each_view(batch, [&](int64_t row, int64_t column, int64_t count, int64_t skip) {
       cross_logsumexp<T>(runtime<T>, x + row * d, batch.local, y + column * d, count, d, T(scale),
@@ -153,7 +153,8 @@ std::tuple<Tensor, Tensor> contrastive_backward_of(double upstream, const Tensor
   // Σ_j (softmax_ij + softmax_ji) x̂_j, less the positives of both directions.
   Tensor g = at::zeros_like(rows.rows);
   if (symmetric(batch, scale)) {
-    pair_gradient<T>(runtime<T>, x, n, d, T(scale), row_lse.data_ptr<T>(), g.data_ptr<T>());
+    pair_gradient<T>(runtime<T>, x, n, d, T(scale), batch.two_tower, row_lse.data_ptr<T>(),
+                     g.data_ptr<T>());
   } else {
     for_each_view(batch, [&](int64_t row, int64_t column, int64_t count, int64_t skip) {
       cross_gradient<T>(runtime<T>, x + row * d, batch.local, y + column * d, count, d, T(scale),

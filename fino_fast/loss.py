@@ -306,7 +306,8 @@ class FinoLoss(nn.Module):
             for result, pullback in zip(results, pullbacks, strict=True):
                 assert result.gradient is not None
                 gradient = result.gradient if pullback is None else pullback(result.gradient)[0]
-                squares.append(gradient.detach().to(self.balance_norms.dtype).square().sum())
+                norm = torch.linalg.vector_norm(gradient.detach(), dtype=self.balance_norms.dtype)
+                squares.append(norm.square())
             now = sum_over_ranks(torch.stack(squares)).sqrt()
             before = self.balance_norms
             moved = BALANCE_MOMENTUM * before + (1 - BALANCE_MOMENTUM) * now

@@ -18,11 +18,13 @@ struct Pair {
   int64_t row, column;
 };
 
+using Rounds = std::vector<std::vector<Pair>>;
+
 // Rounds of disjoint pairs of blocks: the diagonal, then a round-robin tournament (circle method).
 // No two pairs of a round share a block, so threads need no locks, and every block meets the others
 // in a fixed order, so the sums do not depend on who computed them.
-std::vector<std::vector<Pair>> tournament(int64_t blocks) {
-  std::vector<std::vector<Pair>> rounds(1);
+Rounds tournament(int64_t blocks) {
+  Rounds rounds(1);
   for (int64_t b = 0; b < blocks; ++b) rounds[0].push_back({b, b});
   const int64_t seats = blocks + blocks % 2;  // an odd field has one bye a round
   for (int64_t round = 0; round + 1 < seats; ++round) {
@@ -40,24 +42,40 @@ std::vector<std::vector<Pair>> tournament(int64_t blocks) {
   return rounds;
 }
 
-// The tile loop of the symmetric sweep: visit(tile, row offset, rows, column offset, columns) for
-// every unordered pair of blocks, with the tile of their cosines.
+// The same for two towers: every block of the first `blocks` meets every one of the second.
+Rounds towers(int64_t blocks) {
+  Rounds rounds(blocks);
+  for (int64_t round = 0; round < blocks; ++round)
+    for (int64_t row = 0; row < blocks; ++row)
+      rounds[round].push_back({row, blocks + (row + round) % blocks});
+  return rounds;
+}
+
+// The tile loop of the symmetric sweep: visit(tile, row offset, rows, column offset, columns, whether
+// the rows are the columns) for every unordered pair of blocks that meet, with the tile of their
+// cosines. Two towers: the first half of the rows meets the second.
 template <typename T, typename Visit>
-void pair_sweep(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d,
+void pair_sweep(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d, bool two_tower,
                 const Visit& visit) {
-  const int64_t side = pair_side(n), blocks = (n + side - 1) / side;
-  for (const auto& round : tournament(blocks)) {
+  // The part of the rows that is cut into blocks; in two towers each tower by itself.
+  const int64_t part = two_tower ? n / 2 : n;
+  const int64_t side = pair_side(n), blocks = (part + side - 1) / side;
+  const auto bounds = [&](int64_t block) {
+    const int64_t first = block % blocks * side;
+    return std::pair{block / blocks * part + first, std::min(side, part - first)};
+  };
+  for (const auto& round : two_tower ? towers(blocks) : tournament(blocks)) {
     // Threads take the next pair when they are free: they seldom run equally fast. Which one
     // computes a pair does not matter to the result.
     std::atomic<size_t> next{0};
     runtime.parallel(static_cast<int64_t>(round.size()), [&](int64_t, int64_t) {
       const auto tile = scratch<T>(side * side);
       for (size_t index = next++; index < round.size(); index = next++) {
-        const int64_t i = round[index].row * side, j = round[index].column * side;
-        const int64_t rows = std::min(side, n - i), columns = std::min(side, n - j);
+        const auto [i, rows] = bounds(round[index].row);
+        const auto [j, columns] = bounds(round[index].column);
         runtime.gemm(false, true, rows, columns, d, unit + i * d, d, unit + j * d, d, false,
                      tile.get(), columns);
-        visit(tile.get(), i, rows, j, columns);
+        visit(tile.get(), i, rows, j, columns, round[index].row == round[index].column);
       }
     });
   }
@@ -96,27 +114,27 @@ void normalize_rows_backward(const Runtime<T>& runtime, T* g, const T* unit, con
 
 template <typename T>
 void pair_logsumexp(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d, T scale,
-                    T* lse) {
+                    bool two_tower, T* lse) {
   std::fill(lse, lse + n, T(0));
-  pair_sweep(runtime, unit, n, d,
-             [&](T* tile, int64_t i, int64_t rows, int64_t j, int64_t columns) {
-               epilogues<T>().pair_sums(tile, rows, columns, scale, i == j, lse + i, lse + j);
+  pair_sweep(runtime, unit, n, d, two_tower,
+             [&](T* tile, int64_t i, int64_t rows, int64_t j, int64_t columns, bool diagonal) {
+               epilogues<T>().pair_sums(tile, rows, columns, scale, diagonal, lse + i, lse + j);
              });
   for (int64_t i = 0; i < n; ++i) lse[i] = scale + std::log(lse[i]);
 }
 
 template <typename T>
 void pair_gradient(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d, T scale,
-                   const T* lse, T* g) {
+                   bool two_tower, const T* lse, T* g) {
   const auto inverse = scratch<T>(n);  // 1 / Σ_j exp(scale·(c_ij − 1))
   for (int64_t i = 0; i < n; ++i) inverse[i] = std::exp(scale - lse[i]);
-  pair_sweep(runtime, unit, n, d,
-             [&](T* tile, int64_t i, int64_t rows, int64_t j, int64_t columns) {
-               epilogues<T>().pair_weights(tile, rows, columns, scale, i == j, inverse.get() + i,
+  pair_sweep(runtime, unit, n, d, two_tower,
+             [&](T* tile, int64_t i, int64_t rows, int64_t j, int64_t columns, bool diagonal) {
+               epilogues<T>().pair_weights(tile, rows, columns, scale, diagonal, inverse.get() + i,
                                            inverse.get() + j);
                runtime.gemm(false, false, rows, d, columns, tile, columns, unit + j * d, d, true,
                             g + i * d, d);
-               if (i != j)
+               if (!diagonal)
                  runtime.gemm(true, false, columns, d, rows, tile, columns, unit + i * d, d, true,
                               g + j * d, d);
              });
@@ -207,8 +225,9 @@ RowLoss<double> head_sweep(const Runtime<T>& runtime, const Head<T>& head) {
   template void normalize_rows<T>(const Runtime<T>&, const T*, int64_t, int64_t, T*, T*);         \
   template void normalize_rows_backward<T>(const Runtime<T>&, T*, const T*, const T*, int64_t,    \
                                            int64_t, T*);                                          \
-  template void pair_logsumexp<T>(const Runtime<T>&, const T*, int64_t, int64_t, T, T*);          \
-  template void pair_gradient<T>(const Runtime<T>&, const T*, int64_t, int64_t, T, const T*, T*); \
+  template void pair_logsumexp<T>(const Runtime<T>&, const T*, int64_t, int64_t, T, bool, T*);    \
+  template void pair_gradient<T>(const Runtime<T>&, const T*, int64_t, int64_t, T, bool,          \
+                                 const T*, T*);                                                   \
   template void cross_logsumexp<T>(const Runtime<T>&, const T*, int64_t, const T*, int64_t,       \
                                    int64_t, T, int64_t, T*);                                      \
   template void cross_gradient<T>(const Runtime<T>&, const T*, int64_t, const T*, int64_t,        \

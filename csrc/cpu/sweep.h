@@ -62,15 +62,15 @@ void normalize_rows_backward(const Runtime<T>& runtime, T* g, const T* unit, con
 // stands in for the running maximum.
 constexpr double max_bounded_scale = 40;  // exp(−2·40) is still a normal fp32 number
 
-// lse[i] = logsumexp over j ≠ i of scale·⟨x_i, x_j⟩. [n]
+// lse[i] = logsumexp over j ≠ i of scale·⟨x_i, x_j⟩; with two towers over the j of the other half. [n]
 template <typename T>
 void pair_logsumexp(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d, T scale,
-                    T* lse);
+                    bool two_tower, T* lse);
 
-// g[i] = Σ_j (softmax_ij + softmax_ji) x_j. [n, d], zero on entry.
+// g[i] = Σ_j (softmax_ij + softmax_ji) x_j over the same j. [n, d], zero on entry.
 template <typename T>
 void pair_gradient(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d, T scale,
-                   const T* lse, T* g);
+                   bool two_tower, const T* lse, T* g);
 
 // The same for rows and columns that differ: row i leaves out column skip + i (skip < 0: none).
 template <typename T>

@@ -54,17 +54,35 @@ std::vector<T> random(std::mt19937& generator, int64_t count) {
 }
 
 template <typename T>
-void check_contrastive(std::mt19937& generator, int64_t n, int64_t d, double scale) {
+void check_contrastive(std::mt19937& generator, int64_t n, int64_t d, double scale, bool towers) {
   const std::vector<T> x = random<T>(generator, n * d);
   std::vector<T> unit(n * d), norms(n), lse(n), lse_cross(n), g(n * d, 0), g_cross(n * d);
   fino::normalize_rows(runtime<T>, x.data(), n, d, unit.data(), norms.data());
-  fino::cross_logsumexp<T>(runtime<T>, unit.data(), n, unit.data(), n, d, T(scale), 0,
-                           lse_cross.data());
-  fino::cross_gradient<T>(runtime<T>, unit.data(), n, unit.data(), n, d, T(scale), 0,
-                          lse_cross.data(), lse_cross.data(), g_cross.data());
+  const auto meet = [&](int64_t i, int64_t j) {
+    return towers ? (i < n / 2) != (j < n / 2) : i != j;
+  };
+  if (towers) {
+    for (const int64_t tower : {int64_t{0}, n / 2}) {
+      const T* other = unit.data() + (n / 2 - tower) * d;
+      fino::cross_logsumexp<T>(runtime<T>, unit.data() + tower * d, n / 2, other, n / 2, d,
+                               T(scale), -1, lse_cross.data() + tower);
+    }
+    for (const int64_t tower : {int64_t{0}, n / 2}) {
+      const T* other = unit.data() + (n / 2 - tower) * d;
+      fino::cross_gradient<T>(runtime<T>, unit.data() + tower * d, n / 2, other, n / 2, d, T(scale),
+                              -1, lse_cross.data() + tower, lse_cross.data() + n / 2 - tower,
+                              g_cross.data() + tower * d);
+    }
+  } else {
+    fino::cross_logsumexp<T>(runtime<T>, unit.data(), n, unit.data(), n, d, T(scale), 0,
+                             lse_cross.data());
+    fino::cross_gradient<T>(runtime<T>, unit.data(), n, unit.data(), n, d, T(scale), 0,
+                            lse_cross.data(), lse_cross.data(), g_cross.data());
+  }
   if (scale <= fino::max_bounded_scale) {
-    fino::pair_logsumexp<T>(runtime<T>, unit.data(), n, d, T(scale), lse.data());
-    fino::pair_gradient<T>(runtime<T>, unit.data(), n, d, T(scale), lse.data(), g.data());
+    fino::pair_logsumexp<T>(runtime<T>, unit.data(), n, d, T(scale), towers, lse.data());
+    fino::pair_gradient<T>(runtime<T>, unit.data(), n, d, T(scale), towers, lse.data(),
+                           g.data());
   } else {
     lse = lse_cross;
     g = g_cross;
@@ -76,7 +94,7 @@ void check_contrastive(std::mt19937& generator, int64_t n, int64_t d, double sca
       double dot = 0;
       for (int64_t l = 0; l < d; ++l) dot += double(unit[i * d + l]) * unit[j * d + l];
       s[i * n + j] = scale * dot;
-      if (i != j) sum += std::exp(scale * dot - scale);
+      if (meet(i, j)) sum += std::exp(scale * dot - scale);
     }
     expected[i] = scale + std::log(sum);
     compare(lse[i], expected[i]);
@@ -86,7 +104,7 @@ void check_contrastive(std::mt19937& generator, int64_t n, int64_t d, double sca
     for (int64_t l = 0; l < d; ++l) {
       double sum = 0;
       for (int64_t j = 0; j < n; ++j)
-        if (i != j)
+        if (meet(i, j))
           sum += (std::exp(s[i * n + j] - expected[i]) + std::exp(s[i * n + j] - expected[j])) *
                  unit[j * d + l];
       compare(g[i * d + l], sum);
@@ -225,10 +243,11 @@ void check_orthogonal(std::mt19937& generator, int64_t n, int64_t d, int64_t k, 
 template <typename T>
 void check_all() {
   std::mt19937 generator(0);
-  for (const int64_t n : {2, 3, 65, 256, 257, 530})
+  for (const int64_t n : {2, 3, 65, 257, 530})
     for (const int64_t d : {1, 5, 17})
       for (const double scale : {5.0, 39.0, 100.0})
-        check_contrastive<T>(generator, n, d, scale);
+        for (const bool towers : {false, true})
+          check_contrastive<T>(generator, n + (towers && n % 2), d, scale, towers);
   for (const int64_t n : {1, 7, 40})
     for (const int64_t k : {1, 2, 17, 100})
       for (const bool prototype : {false, true}) check_cross_entropy<T>(generator, n, 6, k, prototype);
