@@ -24,7 +24,7 @@ from fino_fast.errors import ConfigError, DataError, DiskFullError
 from .remote import Remote
 
 TEMPORARY = ".tmp-"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 1 << 20
 
 
@@ -86,7 +86,7 @@ def committed(path: Location) -> Iterator[IO[bytes]]:
             with _renamed(path) as file:
                 yield file
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise DiskFullError(
                 f"{path}: no room left to write it ({error.strerror}); what is committed is "
                 "intact: free some space and run the same command again"

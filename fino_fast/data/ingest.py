@@ -23,13 +23,15 @@ from .files import (
     remove_temporaries,
     sha256_of,
 )
+from .known import check_unchanged, last_planned
 from .lock import locked
 from .manifest import Manifest
-from .plan import FACTOR, Inputs, Plan, make_plan, plan_folder, planned_columns
+from .plan import Inputs, Plan, make_plan, plan_folder, planned_columns, row_table
 from .remote import Remote
 from .schema import Schema, shorten
 from .seal import REJECTS, seal, write_rejects
-from .table import Rows, parse_rows, read_table
+from .spill import Spill, scratch_folder
+from .table import TableParser, table_chunks
 from .write import Receipt, WriteTask, committed_receipt, write_shard
 
 SHARD_BYTES = 256 << 20
@@ -182,10 +184,11 @@ def _plan_further(
     """Append a plan of what is new in the table, if anything; return the unknown values."""
     if plans and plans[-1].inputs == inputs and not request.retry_rejects:
         return {}
-    rows = _read_rows(request, table)
-    new = _plan_new_rows(request, plans, inputs, rows)
-    plans += [new] if new else []
-    return rows.unknown
+    with Spill(scratch_folder(request.out)) as rows:
+        unknown = _read_rows(request, table, rows)
+        new = _plan_new_rows(request, plans, inputs, rows)
+        plans += [new] if new else []
+        return unknown
 
 
 def _finish(
@@ -303,38 +306,43 @@ def _write_missing(
     return len(missing)
 
 
-def _read_rows(request: Request, path: Path) -> Rows:
+def _read_rows(request: Request, path: Path, rows: Spill) -> dict[str, dict[str, int]]:
+    """Check the table and set its rows aside; return the unknown values."""
     declaration = request.declaration
     columns = [request.id_column, request.path_column]
     columns += [column for name in declaration.factors for column in declaration.columns_of(name)]
     columns += [declaration.split.column] if declaration.split else []
-    table = read_table(path, list(dict.fromkeys(columns)), declaration.table.delimiter)
-    if len(table) == 0:
+    columns = list(dict.fromkeys(columns))
+    parser = TableParser(declaration, request.id_column, request.path_column)
+    for chunk in table_chunks(path, columns, declaration.table.delimiter):
+        rows.write(row_table(parser.parse(chunk)))
+    if parser.rows == 0:
         raise DataError(f"{path}: has no rows")
-    return parse_rows(table, declaration, request.id_column, request.path_column)
+    parser.check(lambda: (table["id"].combine_chunks() for table in rows.tables()))
+    return parser.unknown
 
 
-def _plan_new_rows(request: Request, plans: list[Plan], inputs: Inputs, rows: Rows) -> Plan | None:
+def _plan_new_rows(request: Request, plans: list[Plan], inputs: Inputs, rows: Spill) -> Plan | None:
     """Plan what no earlier generation planned, and, if asked for, what was rejected."""
-    fresh = np.ones(len(rows), dtype=bool)
-    again = np.zeros(len(rows), dtype=bool)
-    previous = None
+    count = sum(len(table) for table in rows.tables())
+    fresh, again, previous = np.ones(count, dtype=bool), np.zeros(count, dtype=bool), None
     if plans:
         previous = Schema.read(plan_folder(request.out, plans[-1].generation) / "schema.json")
-        earlier = pa.concat_tables(
-            planned_columns(
-                request.out, plan, ["id", "path", "split", *(FACTOR + n for n in rows.raw)]
-            )
-            for plan in plans
-        ).combine_chunks()
-        fresh = ~np.asarray(pc.is_in(rows.ids, value_set=earlier["id"].combine_chunks()))
+
+        def column(name: str) -> pa.ChunkedArray:
+            return pa.concat_tables(planned_columns(request.out, plan, [name]) for plan in plans)[
+                name
+            ]
+
+        where = last_planned(rows, column)
+        fresh = where < 0
         if request.retry_rejects:
             rejects = write_rejects(request.out, plans, _receipts(request, plans))
             rejected = rejects["id"].combine_chunks()
-            again = np.asarray(pc.is_in(rows.ids, value_set=rejected))
-        _check_unchanged(rows, earlier, np.flatnonzero(~fresh & ~again))
-    places = np.flatnonzero(fresh | again)
-    if len(places) == 0:
+            hits = [pc.is_in(table["id"], value_set=rejected) for table in rows.tables()]
+            again = np.concatenate([hit.to_numpy() for hit in hits])
+        check_unchanged(rows, column, where, kept=~fresh & ~again)
+    if not (fresh | again).any():
         return None
     return make_plan(
         out=request.out,
@@ -342,39 +350,12 @@ def _plan_new_rows(request: Request, plans: list[Plan], inputs: Inputs, rows: Ro
         first_row=plans[-1].first_row + plans[-1].rows if plans else 0,
         inputs=inputs,
         declaration=request.declaration,
-        rows=rows.taken(pa.array(places)),
-        table_rows=places,
-        fresh=fresh[places],
+        rows=rows,
+        chosen=fresh | again,
+        fresh=fresh,
         images=request.images,
         previous=previous,
     )
-
-
-def _check_unchanged(rows: Rows, earlier: pa.Table, places: np.ndarray) -> None:
-    """Refuse a table that says something else about a sample that is already in the set."""
-    kept = rows.taken(pa.array(places))
-    # A row that was tried again stands in `earlier` twice: the last one counts.
-    ids = earlier["id"].to_pylist()
-    last = {sample_id: i for i, sample_id in enumerate(ids)}
-    former = earlier.take(pa.array([last[sample_id] for sample_id in kept.ids.to_pylist()]))
-    columns = {"path": kept.paths, "split": kept.splits}
-    columns |= {FACTOR + name: values for name, values in kept.raw.items()}
-    changes = []
-    for name, values in columns.items():
-        if values.equals(former[name].combine_chunks()):
-            continue
-        pairs = zip(former[name].to_pylist(), values.to_pylist(), strict=True)
-        changes += [
-            f"id {kept.ids[i].as_py()!r}: {name.removeprefix(FACTOR)} was {old!r}, now {new!r}"
-            for i, (old, new) in enumerate(pairs)
-            if old != new
-        ]
-    if changes:
-        shown = "\n  ".join(changes[:_SHOWN])
-        raise DataError(
-            f"the table differs from what is already in the set in {len(changes)} cells; shards "
-            f"are never rewritten: use another --out, or other ids\n  {shown}"
-        )
 
 
 def _check_rejects(request: Request, rejects: pa.Table, samples: int) -> None:

@@ -7,9 +7,7 @@ wrote", so any worker can write any shard, any number of times, with the same by
 
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Literal, Self
+from typing import IO, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -31,17 +29,15 @@ from .files import (
     sha256_of,
     write_json,
 )
+from .freezing import SchemaBuilder
 from .order import PLAN, derive_key, permute
-from .schema import Schema, freeze
-from .sources import open_root
-from .stored import ImageRejected
+from .schema import Schema
+from .spill import Shuffle, Spill, regrouped, scratch_folder
+from .survey import surveyed
 from .table import Rows
 
 FACTOR = "factor:"
 """Prefix of the columns that hold raw metadata in every Parquet file of a set."""
-
-_STAT_THREADS = 16
-_STAT_CHUNK = 4096
 
 
 class Inputs(StrictModel):
@@ -113,13 +109,15 @@ def make_plan(
     first_row: int,
     inputs: Inputs,
     declaration: Declaration,
-    rows: Rows,
-    table_rows: NDArray[np.int64],
+    rows: Spill,
+    chosen: NDArray[np.bool_],
     fresh: NDArray[np.bool_],
     images: Location,
     previous: Schema | None,
 ) -> Plan:
-    """Plan the given rows as one generation and commit the plan; `plan.json` is written last.
+    """Plan the chosen rows as one generation and commit the plan; `plan.json` is written last.
+
+    Memory holds 16 bytes a row and one of the ranges that the rows are shuffled in.
 
     Args:
         out: folder of the set.
@@ -127,39 +125,32 @@ def make_plan(
         first_row: planned rows of the earlier generations.
         inputs: what the plan is made from.
         declaration: the declared schema.
-        rows: the rows to plan, checked.
-        table_rows: row number of each in the table, from 0.
+        rows: the table, checked, in the columns of `row_table`.
+        chosen: which of its rows to plan.
         fresh: False for rows that an earlier generation planned already.
         images: the folder that paths start from.
         previous: the frozen schema of the earlier generations.
 
     Raises:
         DataError: the rows give no usable schema.
+        DiskFullError: no room left.
     """
-    schema = freeze(declaration, rows.raw, rows.splits, pa.array(fresh), previous)
-    count = len(rows)
+    schema = _frozen(declaration, rows, chosen, fresh, previous)
+    count = int(np.count_nonzero(chosen))
     key = derive_key(inputs.seed, PLAN, generation)
-    # Row i of the table goes to place order[i]; taking by the inverse shuffles the table.
-    shuffled = np.argsort(permute(np.arange(count), count, key))
-    found = _survey(images, rows.paths)
-    shards = list(_cut(found.sizes[shuffled], generation, first_row, inputs.shard_bytes))
+    sizes = np.zeros(count, np.int64)
     folder = plan_folder(out, generation)
     make_folder(folder)
-    with committed(folder / "rows.parquet") as file:
-        writer = None
-        for shard in shards:
-            # One row group a shard, so that its worker reads nothing else; and shuffled shard by
-            # shard, because a second copy of the whole table would not fit beside the first.
-            start = shard.first_row - first_row
-            places = shuffled[start : start + shard.rows]
-            part = _planned_table(rows.taken(pa.array(places)), found, places)
-            part = part.add_column(0, "table_row", pa.array(table_rows[places]))
-            numbers = np.arange(shard.first_row, shard.first_row + shard.rows)
-            part = part.add_column(0, "row", pa.array(numbers))
-            writer = writer or pq.ParquetWriter(file, part.schema, compression="zstd")
-            writer.write_table(part, row_group_size=shard.rows)
-        if writer is not None:
-            writer.close()
+    shuffle = Shuffle(count, scratch_folder(folder))
+    with committed(folder / "rows.parquet") as file, shuffle:
+        done = 0
+        for table in surveyed(images, _chosen(rows, chosen)):
+            places = permute(np.arange(done, done + len(table)), count, key)
+            sizes[places] = table["size"].to_numpy()
+            shuffle.add(table, places)
+            done += len(table)
+        shards = list(_cut(sizes, generation, first_row, inputs.shard_bytes))
+        _write_rows(file, shuffle.ordered(), shards)
     schema_sha256 = write_json(folder / "schema.json", schema.content())
     plan = Plan(
         generation=generation,
@@ -174,58 +165,51 @@ def make_plan(
     return plan
 
 
-@dataclass
-class _Survey:
-    """The source files as they were found, in the order of the table."""
-
-    sizes: NDArray[np.int64]
-    mtimes: NDArray[np.int64]
-    rejected: dict[int, ImageRejected]
-    """Rows whose file cannot be taken, and why."""
-
-
-def _survey(images: Location, paths: pa.Array) -> _Survey:
-    """Look every path up.
-
-    Raises:
-        DataError: a store does not answer.
-    """
-    root = open_root(images)
-    found = _Survey(np.zeros(len(paths), np.int64), np.zeros(len(paths), np.int64), {})
-
-    def look(start: int) -> None:
-        for i, path in enumerate(paths.slice(start, _STAT_CHUNK).to_pylist(), start):
-            try:
-                source = root.find(path)
-            except ImageRejected as rejection:
-                found.rejected[i] = rejection
-            else:
-                found.sizes[i], found.mtimes[i] = source.size, source.mtime_ns
-
-    # Threads hide the latency of network file systems; locally they do no harm.
-    with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        try:
-            list(pool.map(look, range(0, len(paths), _STAT_CHUNK)))
-        except OSError as error:
-            raise DataError(f"{images}: cannot be listed: {error.strerror}") from error
-    return found
-
-
-def _planned_table(rows: Rows, found: _Survey, places: NDArray[np.int64]) -> pa.Table:
-    """The planned rows of one shard, whose numbers in the table are `places`."""
-    rejected = [found.rejected.get(place) for place in places.tolist()]
+def row_table(rows: Rows) -> pa.Table:
+    """Checked rows as a table: id, path, split and the factors' raw values."""
     return pa.table(
-        {
-            "id": rows.ids,
-            "path": rows.paths,
-            "split": rows.splits,
-            "size": found.sizes[places],
-            "mtime_ns": found.mtimes[places],
-            "code": pa.array([each and each.code for each in rejected], pa.string()),
-            "detail": pa.array([each and each.detail for each in rejected], pa.string()),
-        }
+        {"id": rows.ids, "path": rows.paths, "split": rows.splits}
         | {FACTOR + name: raw for name, raw in rows.raw.items()}
     )
+
+
+def _frozen(
+    declaration: Declaration,
+    rows: Spill,
+    chosen: NDArray[np.bool_],
+    fresh: NDArray[np.bool_],
+    previous: Schema | None,
+) -> Schema:
+    builder = SchemaBuilder(declaration, previous)
+    for table in _chosen(rows, chosen):
+        raw = {name: table[FACTOR + name].combine_chunks() for name in declaration.factors}
+        counts = pa.array(fresh[table["table_row"].to_numpy()])
+        builder.add(raw, table["split"].combine_chunks(), counts)
+    return builder.schema()
+
+
+def _chosen(rows: Spill, chosen: NDArray[np.bool_]) -> Iterator[pa.Table]:
+    """The chosen rows in the order of the table, with their row numbers in it, from 0."""
+    start = 0
+    for table in rows.tables():
+        places = np.flatnonzero(chosen[start : start + len(table)])
+        if len(places):
+            numbers = pa.array(places + start)
+            yield table.take(pa.array(places)).add_column(0, "table_row", numbers)
+        start += len(table)
+
+
+def _write_rows(file: IO[bytes], pieces: Iterator[pa.Table], shards: list[PlannedShard]) -> None:
+    """The rows in planned order, one row group a shard, so that its worker reads nothing else."""
+    writer = None
+    tables = regrouped(pieces, [shard.rows for shard in shards])
+    for shard, table in zip(shards, tables, strict=True):
+        numbers = np.arange(shard.first_row, shard.first_row + shard.rows)
+        table = table.add_column(0, "row", pa.array(numbers))
+        writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
+        writer.write_table(table, row_group_size=shard.rows)
+    if writer is not None:
+        writer.close()
 
 
 def _cut(

@@ -167,10 +167,11 @@ class Factor(StrictModel):
 
 def encode_numbers(declaration: FactorDeclaration, raw: pa.Array) -> NDArray[np.float32]:
     """Raw numbers as float32 [n, width]; cyclic ones as (sin, cos) of 2π·value/period."""
-    return _columns_of_numbers(declaration, raw).astype(np.float32)
+    return columns_of_numbers(declaration, raw).astype(np.float32)
 
 
-def _columns_of_numbers(declaration: FactorDeclaration, raw: pa.Array) -> NDArray[np.float64]:
+def columns_of_numbers(declaration: FactorDeclaration, raw: pa.Array) -> NDArray[np.float64]:
+    """Raw numbers as float64 [n, width], before they are rounded to what a batch holds."""
     values = number_matrix(raw)
     if isinstance(declaration, CyclicDeclaration):
         angle = 2 * np.pi * (values[:, 0] / declaration.period)
@@ -231,114 +232,6 @@ class Schema(StrictModel):
     def hash(self) -> str:
         """SHA-256 of the canonical JSON; equal to that of the file."""
         return hashlib.sha256(canonical_json(self.content())).hexdigest()
-
-
-def freeze(
-    declaration: Declaration,
-    raw: Mapping[str, pa.Array],
-    splits: pa.Array,
-    fresh: pa.Array,
-    previous: Schema | None,
-) -> Schema:
-    """The schema after the rows at hand, grown from `previous` where there is one.
-
-    Args:
-        declaration: what the person wrote.
-        raw: raw values of every factor, one entry a row.
-        splits: split name of every row.
-        fresh: whether a row counts for the statistics; one that is tried again was counted before.
-        previous: schema of the rows already in the set; its indices are kept.
-
-    Raises:
-        DataError: no row belongs to the adaptation split, or a factor that takes part in
-            adaptation is constant or missing throughout.
-    """
-    adaptation = declaration.adaptation_split
-    names = list(previous.splits) if previous else [adaptation]
-    names += [name for name in pc.unique(splits).to_pylist() if name not in names]
-    learned = pc.and_(pc.equal(splits, adaptation), fresh)
-    factors = {
-        name: _freeze_factor(
-            factor,
-            raw[name],
-            raw[name].filter(learned),
-            previous.factors[name] if previous else None,
-        )
-        for name, factor in declaration.factors.items()
-    }
-    faults = [f for name, factor in factors.items() if (f := _useless(name, factor, adaptation))]
-    if not any(factor.observed + factor.missing for factor in factors.values()):
-        found = ", ".join(repr(name) for name in pc.unique(splits).to_pylist()) or "no rows"
-        faults = [f"no row belongs to the adaptation split {adaptation!r}; found {found}"]
-    if faults:
-        raise DataError("; ".join(faults))
-    return Schema(declaration=declaration, splits=names, factors=factors)
-
-
-def _freeze_factor(
-    declaration: FactorDeclaration, every: pa.Array, learned: pa.Array, previous: Factor | None
-) -> Factor:
-    missing = int(pc.sum(_all_missing(learned)).as_py() or 0)
-    old_missing = previous.missing if previous else 0
-    old_observed = previous.observed if previous else 0
-    observed, missing = len(learned) - missing + old_observed, missing + old_missing
-    if isinstance(declaration, ContinuousDeclaration | CyclicDeclaration):
-        moments = Moments.of(_columns_of_numbers(declaration, learned))
-        if previous and previous.moments:
-            moments = previous.moments.merged(moments)
-        return Factor(declaration=declaration, observed=observed, missing=missing, moments=moments)
-    flatten = pc.list_flatten if isinstance(declaration, MultiDeclaration) else lambda array: array
-    vocabulary = list(previous.vocabulary if previous else declaration.vocabulary or [])
-    known = set(vocabulary)
-    seen = pc.drop_null(pc.unique(flatten(every))).to_pylist()
-    vocabulary += [value for value in seen if value not in known]
-    counts = dict.fromkeys(vocabulary, 0)
-    if previous:
-        counts.update(zip(previous.vocabulary, previous.counts, strict=True))
-    for entry in pc.value_counts(pc.drop_null(flatten(learned))):
-        counts[entry["values"].as_py()] += entry["counts"].as_py()
-    return Factor(
-        declaration=declaration,
-        vocabulary=vocabulary,
-        counts=list(counts.values()),
-        observed=observed,
-        missing=missing,
-    )
-
-
-def _all_missing(raw: pa.Array) -> pa.Array:
-    if pa.types.is_fixed_size_list(raw.type):
-        return pa.array(np.isnan(number_matrix(raw)).all(axis=1))
-    return pc.is_null(raw)
-
-
-def _useless(name: str, factor: Factor, adaptation: str) -> str | None:
-    """Why an active factor cannot take part in adaptation, or None."""
-    if factor.role == "ignore":
-        return None
-    if factor.observed == 0:
-        return (
-            f"factor {name!r} ({factor.role}) is missing in every row of the split "
-            f"{adaptation!r}; set its role to ignore"
-        )
-    if factor.moments is not None and min(factor.moments.count) == 0:
-        return (
-            f"factor {name!r} ({factor.role}) has a column without any value in the split "
-            f"{adaptation!r}; leave the column out"
-        )
-    if factor.moments is not None:
-        constant = [
-            low == high
-            for low, high in zip(factor.moments.minimum, factor.moments.maximum, strict=True)
-        ]
-        # An angle may well have one constant component; it is constant only with both.
-        if all(constant) if factor.kind == "cyclic" else any(constant):
-            return (
-                f"factor {name!r} ({factor.role}) has a constant column in the split "
-                f"{adaptation!r} (means {factor.mean}): it cannot be scaled and teaches nothing; "
-                "set its role to ignore"
-            )
-    return None
 
 
 def shorten(counts: Mapping[str, int], limit: int = 5) -> str:

@@ -1,4 +1,4 @@
-"""Read the table of a data set and turn its cells into checked raw values.
+"""Read the table of a data set, in pieces, and turn its cells into checked raw values.
 
 Everything here looks at the whole table before it complains, so that a person sees all faults of
 one kind at once, each with its row.
@@ -6,8 +6,8 @@ one kind at once, each with its row.
 
 import contextlib
 import unicodedata
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from fino_fast.errors import ConfigError, DataError, TooManyRejectsError
 
@@ -29,6 +30,8 @@ from .declaration import (
 
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _SHOWN = 10
+_CHUNK_ROWS = 1 << 18
+_CHUNK_BYTES = 32 << 20
 
 
 @dataclass
@@ -40,22 +43,9 @@ class Rows:
     splits: pa.Array
     raw: dict[str, pa.Array]
     """Raw values by factor: strings, lists of strings, float64, or fixed-size lists of float64."""
-    unknown: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Values outside a declared vocabulary that were taken as missing, by factor, with counts."""
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def taken(self, places: pa.Array) -> "Rows":
-        """The rows at `places`, in that order."""
-        raw = {name: values.take(places) for name, values in self.raw.items()}
-        return Rows(
-            self.ids.take(places),
-            self.paths.take(places),
-            self.splits.take(places),
-            raw,
-            self.unknown,
-        )
 
 
 @dataclass
@@ -66,23 +56,42 @@ class _Fault:
 
 
 def read_table(path: Path, columns: list[str], delimiter: str = ",") -> pa.Table:
-    """The named columns of a CSV (all as strings: "007" stays "007") or Parquet file.
+    """The named columns of a table, whole (see `table_chunks`)."""
+    chunks = list(table_chunks(path, columns, delimiter))
+    if not chunks:
+        return pa.table({name: pa.array([], pa.string()) for name in columns})
+    return pa.concat_tables(chunks).combine_chunks()
+
+
+def table_chunks(path: Path, columns: list[str], delimiter: str = ",") -> Iterator[pa.Table]:
+    """The named columns of a CSV (all as strings: "007" stays "007") or Parquet file, in pieces.
 
     Raises:
         DataError: the file cannot be read or is not what its name says.
         ConfigError: a column is not there, or stands there twice.
     """
     _check_columns(path, column_names(path, delimiter), columns)
-    with _reading(path):
+    with _reading(path), contextlib.ExitStack() as stack:
         if is_parquet(path):
-            return pq.read_table(path, columns=columns).combine_chunks()
-        convert = pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(columns, pa.string()),
-            include_columns=columns,
-            strings_can_be_null=False,
-        )
-        table = pyarrow.csv.read_csv(path, parse_options=_csv(delimiter), convert_options=convert)
-        return table.combine_chunks()
+            file = stack.enter_context(pq.ParquetFile(path))
+            batches = file.iter_batches(_CHUNK_ROWS, columns=columns)
+        else:
+            convert = pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(columns, pa.string()),
+                include_columns=columns,
+                strings_can_be_null=False,
+            )
+            batches = stack.enter_context(
+                pyarrow.csv.open_csv(
+                    path,
+                    read_options=pyarrow.csv.ReadOptions(block_size=_CHUNK_BYTES),
+                    parse_options=_csv(delimiter),
+                    convert_options=convert,
+                )
+            )
+        for batch in batches:
+            if len(batch):
+                yield pa.Table.from_batches([batch])
 
 
 def column_names(path: Path, delimiter: str = ",") -> list[str]:
@@ -135,51 +144,89 @@ def _listed(names: list[str]) -> str:
     return shown + (f" and {len(names) - 30} more" if len(names) > 30 else "")
 
 
-def parse_rows(table: pa.Table, declaration: Declaration, id_column: str, path_column: str) -> Rows:
-    """Checked raw values of every row.
+class TableParser:
+    """Turns a table, piece by piece, into checked raw values, and collects what is wrong with it.
 
-    Raises:
-        TooManyRejectsError: an id or path is missing, a number cannot be read or is infinite or
-            out of its declared bounds, or a value is outside its vocabulary; the message lists
-            rows (1 = first row below the header).
-        DataError: ids occur twice, also when they differ only by case or Unicode form.
+    Memory is 8 bytes a row, by which ids that occur twice are found.
+
+    Args:
+        declaration: what the cells mean.
+        id_column, path_column: names of these columns.
     """
-    faults: list[_Fault] = []
-    ids = _required(table, id_column, faults)
-    paths = _required(table, path_column, faults)
-    if declaration.split:
-        splits = _required(table, declaration.split.column, faults)
-    else:
-        splits = pa.array([declaration.adaptation_split] * len(table), type=pa.string())
-    rows = Rows(ids, paths, splits, {})
-    for name, factor in declaration.factors.items():
-        columns = declaration.columns_of(name)
-        markers = [*declaration.table.missing, *factor.missing]
-        rows.raw[name] = _parse_factor(
-            table, columns, factor, markers, declaration.table.decimal, faults
-        )
-        if isinstance(factor, CategoricalDeclaration | MultiDeclaration):
-            rows.raw[name], unknown = _apply_vocabulary(rows.raw[name], factor, columns[0], faults)
-            if unknown:
-                rows.unknown[name] = unknown
-    if faults:
-        raise TooManyRejectsError(_report(faults, ids))
-    _check_duplicates(ids)
-    return rows
 
+    def __init__(self, declaration: Declaration, id_column: str, path_column: str) -> None:
+        self._declaration = declaration
+        self._id_column = id_column
+        self._path_column = path_column
+        self._faults: list[str] = []
+        self._fault_count = 0
+        self._hashes: list[NDArray[np.int64]] = []
+        self.rows = 0
+        """Rows parsed so far."""
+        self.unknown: dict[str, dict[str, int]] = {}
+        """Values outside a declared vocabulary, taken as missing, by factor, with counts."""
 
-def _report(faults: list[_Fault], ids: pa.Array) -> str:
-    faults.sort(key=lambda fault: fault.row)
-    lines = [
-        f"row {fault.row + 1} (id {ids[fault.row].as_py()!r}), {fault.column!r}: {fault.what}"
-        for fault in faults[:_SHOWN]
-    ]
-    if len(faults) > _SHOWN:
-        lines.append(f"and {len(faults) - _SHOWN} more")
-    return (
-        f"{len(faults)} cells of the table cannot be used; correct them, or declare what stands "
-        "for a missing value:\n  " + "\n  ".join(lines)
-    )
+    def parse(self, table: pa.Table) -> Rows:
+        """Raw values of the table's next rows; where a cell cannot be used they mean nothing."""
+        declaration, faults = self._declaration, list[_Fault]()
+        ids = _required(table, self._id_column, faults)
+        paths = _required(table, self._path_column, faults)
+        if declaration.split:
+            splits = _required(table, declaration.split.column, faults)
+        else:
+            splits = pa.repeat(pa.scalar(declaration.adaptation_split, pa.string()), len(table))
+        raw = {}
+        for name, factor in declaration.factors.items():
+            columns = declaration.columns_of(name)
+            markers = [*declaration.table.missing, *factor.missing]
+            raw[name] = _parse_factor(
+                table, columns, factor, markers, declaration.table.decimal, faults
+            )
+            if isinstance(factor, CategoricalDeclaration | MultiDeclaration):
+                raw[name], unknown = _apply_vocabulary(raw[name], factor, columns[0], faults)
+                counts = self.unknown.setdefault(name, {}) if unknown else {}
+                for value, count in unknown.items():
+                    counts[value] = counts.get(value, 0) + count
+        self._note(faults, ids)
+        self._hashes.append(_hashes(_folded(ids)))
+        self.rows += len(table)
+        return Rows(ids, paths, splits, raw)
+
+    def check(self, ids: Callable[[], Iterable[pa.Array]]) -> None:
+        """Raise what was found in all rows together.
+
+        Args:
+            ids: gives the ids of all rows again, in the same order.
+
+        Raises:
+            TooManyRejectsError: an id or path is missing, a number cannot be read or is infinite
+                or out of its declared bounds, or a value is outside its vocabulary; the message
+                lists rows (1 = first row below the header).
+            DataError: ids occur twice, also when they differ only by case or Unicode form.
+        """
+        if self._fault_count:
+            lines = list(self._faults)
+            if self._fault_count > _SHOWN:
+                lines.append(f"and {self._fault_count - _SHOWN} more")
+            raise TooManyRejectsError(
+                f"{self._fault_count} cells of the table cannot be used; correct them, or declare "
+                "what stands for a missing value:\n  " + "\n  ".join(lines)
+            )
+        hashes = np.concatenate(self._hashes)
+        hashes.sort()
+        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        if len(repeated):
+            _refuse_duplicates(ids(), repeated)
+
+    def _note(self, faults: list[_Fault], ids: pa.Array) -> None:
+        """Count the faults of some rows, and keep a line each on the first of all."""
+        faults.sort(key=lambda fault: fault.row)
+        self._faults += [
+            f"row {self.rows + fault.row + 1} (id {ids[fault.row].as_py()!r}), "
+            f"{fault.column!r}: {fault.what}"
+            for fault in faults[: _SHOWN - len(self._faults)]
+        ]
+        self._fault_count += len(faults)
 
 
 def _required(table: pa.Table, column: str, faults: list[_Fault]) -> pa.Array:
@@ -349,26 +396,42 @@ def _apply_vocabulary(
     return pa.array(kept, type=raw.type), counts
 
 
-def _check_duplicates(ids: pa.Array) -> None:
-    """Refuse ids that are equal, or would be on a file system that ignores case or Unicode form."""
+def _folded(ids: pa.Array) -> pa.Array:
+    """The ids as a file system sees them that ignores case and Unicode form."""
     ascii_only = pc.all(pc.string_is_ascii(ids)).as_py()
-    folded = pc.utf8_lower(ids if ascii_only else pc.utf8_normalize(ids, form="NFC"))
-    if pc.count_distinct(folded).as_py() == len(ids):
+    return pc.utf8_lower(ids if ascii_only else pc.utf8_normalize(ids, form="NFC"))
+
+
+def _hashes(values: pa.Array) -> NDArray[np.int64]:
+    """64 bits of every string; equal ones may be of different strings."""
+    return np.fromiter(map(hash, values.to_pylist()), np.int64, len(values))
+
+
+def _refuse_duplicates(ids: Iterable[pa.Array], repeated: NDArray[np.int64]) -> None:
+    """Look at the ids whose hashes occur more than once, and refuse those that are equal.
+
+    Raises:
+        DataError: ids are equal, or would be on a file system that ignores case or Unicode form.
+    """
+    places: dict[str, list[tuple[int, str]]] = {}
+    start = 0
+    for part in ids:
+        folded = _folded(part)
+        for i in np.flatnonzero(np.isin(_hashes(folded), repeated)).tolist():
+            places.setdefault(folded[i].as_py(), []).append((start + i + 1, part[i].as_py()))
+        start += len(part)
+    equal = [found for found in places.values() if len(found) > 1]
+    if not equal:
         return
-    counts = pc.value_counts(folded)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    places: dict[str, list[int]] = {}
-    for i in np.flatnonzero(np.asarray(pc.is_in(folded, value_set=repeated))):
-        places.setdefault(folded[int(i)].as_py(), []).append(int(i))
     lines = []
-    for rows in list(places.values())[:_SHOWN]:
-        spellings = list(dict.fromkeys(ids[i].as_py() for i in rows))
-        numbers = ", ".join(str(i + 1) for i in rows[:_SHOWN])
+    for found in equal[:_SHOWN]:
+        spellings = list(dict.fromkeys(spelling for _, spelling in found))
+        numbers = ", ".join(str(row) for row, _ in found[:_SHOWN])
         lines.append(f"rows {numbers}: {' and '.join(map(_spelled, spellings))}")
-    if len(places) > _SHOWN:
-        lines.append(f"and {len(places) - _SHOWN} more")
+    if len(equal) > _SHOWN:
+        lines.append(f"and {len(equal) - _SHOWN} more")
     raise DataError(
-        f"{len(places)} ids occur more than once (case and Unicode form do not tell ids apart):"
+        f"{len(equal)} ids occur more than once (case and Unicode form do not tell ids apart):"
         "\n  " + "\n  ".join(lines)
     )
 

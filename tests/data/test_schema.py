@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 
 from fino_fast.data.declaration import Declaration
 from fino_fast.data.files import write_json
-from fino_fast.data.schema import Schema, freeze
+from fino_fast.data.freezing import SchemaBuilder
+from fino_fast.data.schema import Schema
 from fino_fast.data.statistics import Moments
 from fino_fast.errors import ConfigError, DataError
 
@@ -27,13 +28,19 @@ def frozen(
     fresh: list[bool] | None = None,
 ) -> Schema:
     declaration = Declaration.model_validate({"factors": {"f": {"role": "preserve"} | factor}})
-    return freeze(
-        declaration,
-        {"f": raw},
-        pa.array(splits or ["adapt"] * len(raw)),
-        pa.array(fresh or [True] * len(raw)),
-        previous,
-    )
+    names = pa.array(splits or ["adapt"] * len(raw))
+    counts = pa.array(fresh or [True] * len(raw))
+    schemas = []
+    for piece in (len(raw) or 1, 1):
+        builder = SchemaBuilder(declaration, previous)
+        for start in range(0, len(raw), piece):
+            part = raw.slice(start, piece)
+            builder.add({"f": part}, names.slice(start, piece), counts.slice(start, piece))
+        schemas.append(builder.schema())
+    # The same, up to rounding, whether the rows come at once or one by one.
+    whole, parts = ({**s.factors["f"].model_dump(), "moments": None} for s in schemas)
+    assert whole == parts
+    return schemas[0]
 
 
 CATEGORY = {"kind": "categorical"}

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from fino_fast.data import table as table_module
 from fino_fast.data.declaration import Declaration
-from fino_fast.data.table import Rows, parse_rows, read_table
+from fino_fast.data.table import Rows, TableParser, read_table
 from fino_fast.errors import ConfigError, DataError, TooManyRejectsError
 
 
@@ -27,7 +29,23 @@ def declare(decimal: str = ".", split: str | None = None, **factors: dict[str, A
 def parse(declaration: Declaration, **columns: list[Any]) -> Rows:
     count = len(next(iter(columns.values())))
     columns = {"id": [f"i{k}" for k in range(count)], "path": ["p"] * count} | columns
-    return parse_rows(pa.table(columns), declaration, "id", "path")
+    return parsed(pa.table(columns), declaration)[0]
+
+
+def parsed(
+    table: pa.Table, declaration: Declaration, piece: int = 1000
+) -> tuple[Rows, dict[str, dict[str, int]]]:
+    """Checked rows of a table that comes in pieces, and its unknown values."""
+    parser = TableParser(declaration, "id", "path")
+    starts = range(0, len(table), piece)
+    parts = [parser.parse(table.slice(start, piece)) for start in starts]
+    parser.check(lambda: (part.ids for part in parts))
+    raw = {name: pa.concat_arrays([part.raw[name] for part in parts]) for name in parts[0].raw}
+    ids, paths, splits = (
+        pa.concat_arrays([getattr(part, name) for part in parts])
+        for name in ("ids", "paths", "splits")
+    )
+    return Rows(ids, paths, splits, raw), parser.unknown
 
 
 EXPOSURE = {"kind": "continuous"}
@@ -108,16 +126,19 @@ def test_value_outside_a_declared_vocabulary() -> None:
     with pytest.raises(TooManyRejectsError, match=r"row 2 .*'c': 'z' is outside the declared"):
         parse(strict, c=["a", "z", ""])
     lenient = declare(c={**CAMERA, "vocabulary": ["a", "b"], "unknown": "missing"})
-    rows = parse(lenient, c=["a", "z", "", "z"])
-    assert rows.raw["c"].to_pylist() == ["a", None, None, None]
-    assert rows.unknown == {"c": {"z": 2}}
+    table = pa.table({"id": list("1234"), "path": ["p"] * 4, "c": ["a", "z", "", "z"]})
+    for piece in (1, 4):
+        rows, unknown = parsed(table, lenient, piece)
+        assert rows.raw["c"].to_pylist() == ["a", None, None, None]
+        assert unknown == {"c": {"z": 2}}
 
 
 def test_unknown_value_beside_a_known_one_leaves_the_known() -> None:
     lenient = declare(t={"kind": "multi", "vocabulary": ["a", "b"], "unknown": "missing"})
-    rows = parse(lenient, t=["a;z", "z", "b"])
+    table = pa.table({"id": list("123"), "path": ["p"] * 3, "t": ["a;z", "z", "b"]})
+    rows, unknown = parsed(table, lenient)
     assert rows.raw["t"].to_pylist() == [["a"], None, ["b"]]
-    assert rows.unknown == {"t": {"z": 2}}
+    assert unknown == {"t": {"z": 2}}
 
 
 E_ACUTE = ("é", unicodedata.normalize("NFD", "é"))
@@ -136,6 +157,52 @@ def test_ids_that_a_file_system_may_confuse(ids: list[str], told: str) -> None:
         parse(declare(c=CAMERA), id=ids, c=["x"] * 3)
     found = unicodedata.normalize("NFC", str(caught.value))
     assert unicodedata.normalize("NFC", told) in found
+
+
+@pytest.mark.parametrize("piece", [1, 3, 7])
+def test_a_table_in_pieces_has_the_faults_of_the_whole(piece: int) -> None:
+    cells = ["1", "x", "2", "3", "y", "4", "inf", "", "z", "5"]
+    ids = [f"i{k}" for k in range(10)]
+    table = pa.table({"id": ids, "path": ["p"] * 10, "v": cells})
+    with pytest.raises(TooManyRejectsError) as whole:
+        parsed(table, declare(v=EXPOSURE))
+    with pytest.raises(TooManyRejectsError, match="4 cells") as parts:
+        parsed(table, declare(v=EXPOSURE), piece)
+    assert str(parts.value) == str(whole.value)
+    assert "row 7 (id 'i6')" in str(parts.value)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 5])
+def test_ids_that_repeat_in_another_piece_are_found(piece: int) -> None:
+    ids = ["Cell", "b", "é", "c", "cell", unicodedata.normalize("NFD", "é"), "d"]
+    table = pa.table({"id": ids, "path": ["p"] * 7, "c": ["x"] * 7})
+    with pytest.raises(DataError) as caught:
+        parsed(table, declare(c=CAMERA), piece)
+    assert "2 ids occur more than once" in str(caught.value)
+    assert "rows 1, 5: 'Cell' and 'cell'" in str(caught.value)
+    assert "rows 3, 6" in str(caught.value)
+
+
+def test_equal_hashes_of_different_ids_are_no_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashes only point to candidates; what is refused has to be equal."""
+    monkeypatch.setattr(table_module, "_hashes", lambda values: np.zeros(len(values), np.int64))
+    table = pa.table({"id": ["a", "b", "c"], "path": ["p"] * 3, "c": ["x"] * 3})
+    assert len(parsed(table, declare(c=CAMERA))[0]) == 3
+    with pytest.raises(DataError, match=r"1 ids occur more than once.*\n  rows 1, 4: 'a' and 'A'"):
+        parsed(pa.concat_tables([table, pa.table({"id": ["A"], "path": ["p"], "c": ["x"]})]),
+               declare(c=CAMERA))  # fmt: skip
+
+
+def test_a_file_in_pieces_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(f"i{k}", f'a, "b"\n{k}', f"{k / 7}") for k in range(500)]
+    whole = pa.table([list(column) for column in zip(*rows, strict=True)], ["id", "c", "v"])
+    pyarrow.csv.write_csv(whole, tmp_path / "t.csv")
+    pq.write_table(whole, tmp_path / "t.parquet", row_group_size=70)
+    monkeypatch.setattr(table_module, "_CHUNK_ROWS", 64)
+    monkeypatch.setattr(table_module, "_CHUNK_BYTES", 1 << 10)
+    for name in ("t.csv", "t.parquet"):
+        assert len(list(table_module.table_chunks(tmp_path / name, ["id", "v"]))) > 5
+        assert read_table(tmp_path / name, ["id", "c", "v"]).equals(whole)
 
 
 def test_empty_id_path_or_split_is_named() -> None:
@@ -160,7 +227,7 @@ def test_parquet_types_become_the_strings_a_person_wrote(tmp_path: Path) -> None
     pq.write_table(table, path)
     columns = ["id", "path", "plate", "well", "v"]
     declaration = declare(plate=CAMERA, well=CAMERA, v=EXPOSURE)
-    rows = parse_rows(read_table(path, columns), declaration, "id", "path")
+    rows, _ = parsed(read_table(path, columns), declaration)
     assert rows.ids.to_pylist() == ["1", "2"]
     assert rows.raw["plate"].to_pylist() == ["7", None]
     assert rows.raw["well"].to_pylist() == ["A1", "B2"]

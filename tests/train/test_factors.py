@@ -7,7 +7,8 @@ import pytest
 
 from fino_fast import Categorical, Continuous, FinoLoss
 from fino_fast.data.declaration import Declaration
-from fino_fast.data.schema import Schema, freeze
+from fino_fast.data.freezing import SchemaBuilder
+from fino_fast.data.schema import Schema
 from fino_fast.errors import ConfigError
 from fino_fast.train.config import FactorOverride, TrainConfig
 from fino_fast.train.factors import build_factors
@@ -40,13 +41,9 @@ def schema() -> Schema:
         "defect": pa.array(["no", "yes", "no", "no"]),
         "site": pa.array([1.0, 1.0, 1.0, 1.0]),
     }
-    return freeze(
-        declaration,
-        raw,
-        splits=pa.array(["adapt"] * 4),
-        fresh=pa.array([True] * 4),
-        previous=None,
-    )
+    builder = SchemaBuilder(declaration, previous=None)
+    builder.add(raw, splits=pa.array(["adapt"] * 4), fresh=pa.array([True] * 4))
+    return builder.schema()
 
 
 def build(schema: Schema, **overrides: dict[str, Any]) -> dict[str, Categorical | Continuous]:
