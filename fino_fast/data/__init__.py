@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .loader import Batch, Loader
+    from .sampling import Groups
     from .schema import Factor, Schema
     from .shardset import ShardSet
     from .views import Views
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "Batch": "loader",
     "Factor": "schema",
+    "Groups": "sampling",
     "Loader": "loader",
     "Schema": "schema",
     "ShardSet": "shardset",
     "Views": "views",
 }
 
-__all__ = ["Batch", "Factor", "Loader", "Schema", "ShardSet", "Views"]
+__all__ = ["Batch", "Factor", "Groups", "Loader", "Schema", "ShardSet", "Views"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """The DALI pipeline: decoding, cropping, resizing and normalising in C++ threads, or on a GPU."""
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from fino_fast.errors import DataError, MissingExtraError
 
-from .pipeline import PixelForm, decode_sample
+from .pipeline import DamagedSamples, PixelForm, decode_sample
 from .shardset import ShardSet
 from .torch_pipeline import self_normalized
 from .views import Draws, Views, affine
@@ -85,9 +86,11 @@ class DaliPipeline:
         return tensors
 
     def reset(self) -> None:
-        while self._submitted and self._pipe is not None:
-            self._outputs(*self._submitted.popleft())
-            self._pipe.release_outputs()
+        # Nobody wants these batches any more: their damaged samples are nobody's concern.
+        with contextlib.suppress(DataError):
+            while self._submitted and self._pipe is not None:
+                self._outputs(*self._submitted.popleft())
+                self._pipe.release_outputs()
 
     def _start(
         self, rows: Sequence[int], payloads: Sequence[bytes], draws: Sequence[Draws]
@@ -127,7 +130,8 @@ class DaliPipeline:
         """The oldest scheduled batch; the caller releases it.
 
         Raises:
-            DataError: DALI failed; what was scheduled is forgotten with its pipeline.
+            DamagedSamples: samples do not decode; all that was scheduled is forgotten.
+            DataError: DALI failed on sound ones; the same.
         """
         try:
             return self._pipe.share_outputs()
@@ -139,12 +143,15 @@ class DaliPipeline:
     def _blame(
         self, rows: Sequence[int], payloads: Sequence[bytes], error: RuntimeError
     ) -> DataError:
-        """DALI does not say which sample broke a batch: find it."""
-        for row, payload in zip(rows, payloads, strict=True):
+        """DALI does not say which samples broke a batch: find them."""
+        faults = {}
+        for i, (row, payload) in enumerate(zip(rows, payloads, strict=True)):
             try:
                 decode_sample(self._shards, row, payload)
             except DataError as fault:
-                return fault
+                faults[i] = fault
+        if faults:
+            return DamagedSamples(faults)
         return DataError(f"{self._shards.folder}: DALI failed on a batch of sound images: {error}")
 
     def _build(self) -> Any:

@@ -2,9 +2,7 @@
 
 import hashlib
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,13 +14,18 @@ from fino_fast.errors import ConfigError, DataError, MissingExtraError
 
 from .dali_pipeline import DaliPipeline, import_dali
 from .files import canonical_json
-from .order import SHUFFLE, derive_key, permute
 from .pipeline import Pipeline, pixel_form
+from .prefetch import Prefetch, Skipped, Work
+from .sampling import Grouped, Groups, Sampler, Shuffled
 from .shardset import ShardSet
 from .torch_pipeline import TorchPipeline
 from .views import Draws, Views, evaluation_draws, training_draws
 
 Backend = Literal["auto", "dali", "torch"]
+OnError = Literal["raise", "skip"]
+
+# Samples in a row that may be damaged before a place is given up: chance does not get there.
+_ATTEMPTS = 50
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Batch:
     """float32 [V', B, C, h, w]."""
     local_boxes: torch.Tensor | None = None
     """float32 [V', B, 4]."""
+    skipped: Sequence[Skipped] = ()
+    """Damaged samples of this rank whose places others have taken."""
 
 
 class Loader:
@@ -66,6 +71,13 @@ class Loader:
         threads: decoding threads; the processors of this machine when left out.
         factors: names of the factors that batches carry; when left out, those whose role is not
             `ignore`.
+        on_error: what a damaged sample does to `epoch`. `raise`: ends it. `skip`: another sample
+            takes its place, of the same group where there are groups, drawn by (seed, epoch,
+            place), so batches keep their shape, ranks their steps, and a resumed run its course.
+            The other one is then shown twice in that epoch. `Batch.skipped` lists what is left out.
+        groups: batches of k samples of each value of a factor, see `sampling.grouped_order`. Every
+            sample is still shown once an epoch; those of a value that make no full k come at the
+            end of it.
 
     Raises:
         ConfigError: senseless arguments.
@@ -88,6 +100,8 @@ class Loader:
         drop_last: bool = False,
         threads: int | None = None,
         factors: Iterable[str] | None = None,
+        on_error: OnError = "raise",
+        groups: Groups | None = None,
     ) -> None:
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
             raise ConfigError(
@@ -102,6 +116,7 @@ class Loader:
         self.rank = rank
         self.world_size = world_size
         self.drop_last = drop_last
+        self.on_error = on_error
         self.device = torch.device(device)
         self.backend = _choose_backend(backend, self.device)
         self._threads = threads or _processors()
@@ -116,7 +131,9 @@ class Loader:
         self._factors = list(factors)
         for name in self._factors:
             shards.check_factor(name)
-        self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="fino-read")
+        self.groups = groups
+        self._sampler = self._build_sampler()
+        self._prefetch = Prefetch(shards.read, self._threads)
         self._pipelines: dict[bool, Pipeline] = {}
 
     def __len__(self) -> int:
@@ -135,7 +152,8 @@ class Loader:
                 resuming with another global batch (`resume_point`), instead of `start_step`.
 
         Raises:
-            DataError: a sample cannot be read; the message names id, shard and offset.
+            DataError: a sample cannot be read, and `on_error` is `raise`; the message names id,
+                shard and offset.
         """
         done = start_sample if start_sample is not None else 0
         if not 0 <= start_step <= self.steps_per_epoch or not 0 <= done <= len(self):
@@ -143,17 +161,35 @@ class Loader:
                 f"start_step {start_step}, start_sample {done}: the epoch has "
                 f"{self.steps_per_epoch} steps and {len(self)} samples"
             )
-        key = derive_key(self.seed, SHUFFLE, epoch)
         remaining = len(self) - done
 
-        def work() -> Iterator[tuple[NDArray[np.int64], list[Draws]]]:
-            for step in range(start_step, self._steps(remaining)):
-                positions = done + np.array(self._share(*self._span(step, remaining)))
-                rows = self._samples.rows(permute(positions, len(self), key))
-                draws = training_draws(self.views, *self._shapes(rows), positions, self.seed, epoch)
-                yield rows, [d for d in draws if d is not None]
+        def draw(places: NDArray[np.int64], rows: NDArray[np.int64]) -> list[Draws]:
+            draws = training_draws(self.views, *self._shapes(rows), places, self.seed, epoch)
+            return [d for d in draws if d is not None]
 
-        yield from self._run(work(), training=True)
+        def batches() -> Iterator[Work]:
+            for step in range(start_step, self._steps(remaining)):
+                places = done + np.array(self._share(*self._span(step, remaining)))
+                rows = self._samples.rows(self._sampler.order(places, epoch))
+                yield Work(places, rows, draw(places, rows))
+
+        def replace(work: Work, i: int, error: DataError) -> None:
+            if self.on_error == "raise":
+                raise error
+            place, row = int(work.places[i]), int(work.rows[i])
+            attempt = sum(skip.place == place for skip in work.skipped)
+            if attempt == _ATTEMPTS:
+                raise DataError(
+                    f"{self.shards.folder}: {attempt} samples that should have taken the place of "
+                    f"a damaged one are damaged, too; run `fino-fast verify`. The last: {error}"
+                )
+            work.skipped.append(Skipped(row, self.shards.id_of(row), place, str(error)))
+            other = np.array([self._sampler.substitute(place, epoch, attempt)])
+            work.rows[i] = self._samples.rows(other)[0]
+            work.draws = draw(work.places, work.rows)
+
+        for work, tensors in self._prefetch.run(self._pipeline(True), batches(), replace):
+            yield self._batch(work, tensors)
 
     def evaluation(self) -> Iterator[Batch]:
         """Every sample of the split once, in order, as one centre crop (V = 1).
@@ -161,16 +197,22 @@ class Loader:
         Each rank gets a contiguous part; the last batch may be shorter.
 
         Raises:
-            DataError: a sample cannot be read; the message names id, shard and offset.
+            DataError: a sample cannot be read; the message names id, shard and offset. An
+                evaluation never skips one: its figures would be of other samples than they say.
         """
         own = self._share(0, len(self))
 
-        def work() -> Iterator[tuple[NDArray[np.int64], list[Draws]]]:
+        def batches() -> Iterator[Work]:
             for start in range(0, len(own), self.batch_size):
-                rows = self._samples.rows(np.array(own[start : start + self.batch_size]))
-                yield rows, [evaluation_draws(self.views, *self._shapes(rows))]
+                places = np.array(own[start : start + self.batch_size])
+                rows = self._samples.rows(places)
+                yield Work(places, rows, [evaluation_draws(self.views, *self._shapes(rows))])
 
-        yield from self._run(work(), training=False)
+        def refuse(_work: Work, _i: int, error: DataError) -> None:
+            raise error
+
+        for work, tensors in self._prefetch.run(self._pipeline(False), batches(), refuse):
+            yield self._batch(work, tensors)
 
     def state(self, epoch: int, step: int) -> dict[str, Any]:
         """What a checkpoint keeps to go on after `step` steps of `epoch`; plain JSON."""
@@ -219,7 +261,24 @@ class Loader:
             "split": self.split,
             "drop_last": self.drop_last,
             "views": hashlib.sha256(recipe).hexdigest(),
+            "groups": self.groups.model_dump() if self.groups else None,
         }
+
+    def _build_sampler(self) -> Sampler:
+        if self.groups is None:
+            return Shuffled(len(self), self.seed)
+        name, size = self.groups.factor, self.groups.size
+        self.shards.check_factor(name)
+        kind = self.shards.schema.factors[name].kind
+        if kind != "categorical":
+            raise ConfigError(f"groups.factor: {name!r} is {kind}; expected a categorical factor")
+        if self.batch_size % size:
+            raise ConfigError(
+                f"groups.size: {size} does not divide the {self.batch_size} images of a rank and "
+                "step"
+            )
+        values = self.shards.encoded(name)[self.shards.rows_of(self.split)]
+        return Grouped(values.astype(np.int64), size, self.seed)
 
     def _steps(self, samples: int) -> int:
         """Steps that `samples` samples of an epoch make."""
@@ -255,57 +314,20 @@ class Loader:
         records = self.shards.index[rows]
         return records["height"].astype(np.int64), records["width"].astype(np.int64)
 
-    def _run(
-        self, work: Iterable[tuple[NDArray[np.int64], list[Draws]]], training: bool
-    ) -> Iterator[Batch]:
-        """Read ahead, decode ahead, and give out in order."""
-        pipeline = self._pipeline(training)
-        reading: deque[tuple[NDArray[np.int64], list[Draws], list[Future[bytes]]]] = deque()
-        decoding: deque[tuple[NDArray[np.int64], list[Draws]]] = deque()
-        try:
-            for rows, draws in work:
-                futures = [self._readers.submit(self.shards.read, int(row)) for row in rows]
-                reading.append((rows, draws, futures))
-                if len(reading) > pipeline.depth:
-                    decoding.append(self._submit(pipeline, *reading.popleft()))
-                if len(decoding) == pipeline.depth:
-                    yield self._batch(pipeline, *decoding.popleft())
-            while reading or decoding:
-                if reading:
-                    decoding.append(self._submit(pipeline, *reading.popleft()))
-                if len(decoding) == pipeline.depth or not reading:
-                    yield self._batch(pipeline, *decoding.popleft())
-        finally:
-            for _, _, futures in reading:
-                for future in futures:
-                    future.cancel()
-            pipeline.reset()
-
-    @staticmethod
-    def _submit(
-        pipeline: Pipeline,
-        rows: NDArray[np.int64],
-        draws: list[Draws],
-        futures: list[Future[bytes]],
-    ) -> tuple[NDArray[np.int64], list[Draws]]:
-        pipeline.submit(rows.tolist(), [future.result() for future in futures], draws)
-        return rows, draws
-
-    def _batch(self, pipeline: Pipeline, rows: NDArray[np.int64], draws: list[Draws]) -> Batch:
-        tensors = pipeline.result()
-        index = torch.from_numpy(rows)
-        boxes = [torch.from_numpy(d.boxes.astype(np.float32)) for d in draws]
+    def _batch(self, work: Work, tensors: list[torch.Tensor]) -> Batch:
+        boxes = [torch.from_numpy(d.boxes.astype(np.float32)) for d in work.draws]
         metadata = {}
-        for name, values in self.shards.metadata.of(rows, self._factors).items():
+        for name, values in self.shards.metadata.of(work.rows, self._factors).items():
             part = torch.from_numpy(values)
             metadata[name] = part[:, 0] if part.ndim == 2 and part.shape[1] == 1 else part
         return Batch(
             views=tensors[0],
             metadata=metadata,
-            rows=index,
+            rows=torch.from_numpy(work.rows),
             boxes=boxes[0],
             local_views=tensors[1] if len(tensors) > 1 else None,
             local_boxes=boxes[1] if len(boxes) > 1 else None,
+            skipped=tuple(work.skipped),
         )
 
     def _pipeline(self, training: bool) -> Pipeline:

@@ -13,7 +13,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 # What a key is for: streams of different purposes must not share values.
-PLAN, SHUFFLE, AUGMENT = 1, 2, 3
+PLAN, SHUFFLE, AUGMENT, SUBSTITUTE = 1, 2, 3, 4
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -89,6 +89,14 @@ def decode_sample(shards: ShardSet, row: int, payload: bytes) -> Pixels:
     return pixels
 
 
+class DamagedSamples(DataError):
+    """Samples of one batch that do not decode; `faults` says what is wrong, by place in it."""
+
+    def __init__(self, faults: dict[int, DataError]) -> None:
+        self.faults = faults
+        super().__init__("; ".join(str(fault) for fault in faults.values()))
+
+
 class Pipeline(Protocol):
     """Decodes and augments batches; `submit` may run ahead of `result` by `depth` batches."""
 
@@ -103,13 +111,18 @@ class Pipeline(Protocol):
             rows: sample numbers, for messages.
             payloads: encoded images.
             draws: one entry a view size.
+
+        Raises:
+            DamagedSamples: an image does not decode, where that is seen at once.
         """
 
     def result(self) -> list[torch.Tensor]:
         """The oldest batch that was submitted: float32 [v, n, C, H, W] for each of its draws.
 
         Raises:
-            DataError: an image does not decode; the message names it.
+            DamagedSamples: images of it do not decode; the other batches may be lost with it, until
+                `reset`.
+            DataError: the pipeline failed on sound images.
         """
 
     def reset(self) -> None:

@@ -219,10 +219,16 @@ class ShardSet:
         """Where a sample is, for messages."""
         record = self.index[row]
         name = self.manifest.shards[int(record["shard"])].name
-        return f"sample {self._id(row)!r} in {self.folder / name}.tar at offset {record['offset']}"
+        return (
+            f"sample {self.id_of(row)!r} in {self.folder / name}.tar at offset {record['offset']}"
+        )
 
-    def _id(self, row: int) -> str:
-        """A sample's id, without reading those of the others: a message is no reason for that."""
+    def id_of(self, row: int) -> str:
+        """A sample's id, without reading those of the others: a message is no reason for that.
+
+        Raises:
+            DataError: the sample table is damaged.
+        """
         self._check_table()
         path = self._local / self.manifest.table.name
         try:

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .pipeline import PixelForm, decode_sample
+from fino_fast.errors import DataError
+
+from .pipeline import DamagedSamples, PixelForm, decode_sample
 from .shardset import ShardSet
 from .views import Draws, Views, affine
 
@@ -54,8 +56,14 @@ class TorchPipeline:
 
     def result(self) -> list[torch.Tensor]:
         futures, outputs = self._batches.popleft()
-        for future in futures:
-            future.result()
+        faults = {}
+        for i, future in enumerate(futures):
+            try:
+                future.result()
+            except DataError as error:
+                faults[i] = error
+        if faults:
+            raise DamagedSamples(faults)
         return outputs
 
     def reset(self) -> None:

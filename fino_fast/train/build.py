@@ -56,6 +56,8 @@ def build_loader(
             device="cpu" if config.loader == "torch" else world.device,
             drop_last=True,  # the loss wants the same number of images on every rank
             factors=factors,
+            on_error=config.on_error,
+            groups=config.groups,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

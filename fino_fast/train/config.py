@@ -8,6 +8,8 @@ from pydantic import Field, JsonValue, model_validator
 from fino_fast.config import StrictModel
 from fino_fast.data import Views
 from fino_fast.data.files import LocationField
+from fino_fast.data.loader import Backend, OnError
+from fino_fast.data.sampling import Groups
 from fino_fast.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -17,7 +19,7 @@ Width = Annotated[int, Field(ge=1)]
 
 # What may differ between a run and its continuation: it does not touch what is computed.
 HARMLESS = frozenset(
-    {"data", "output", "device", "log_every", "checkpoint_every", "keep_checkpoints"}
+    {"data", "output", "device", "on_error", "log_every", "checkpoint_every", "keep_checkpoints"}
 )
 
 
@@ -150,8 +152,12 @@ class TrainConfig(StrictModel):
     """bf16: autocast of the forward pass; weights and optimizer stay fp32."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda, cuda:1, …"""
-    loader: Literal["auto", "dali", "torch"] = "auto"
-    """What decodes and augments."""
+    loader: Backend = "auto"
+    """What decodes and augments: auto, dali or torch."""
+    on_error: OnError = "raise"
+    """What a damaged sample does: end the run, or be skipped, counted and listed."""
+    groups: Groups | None = None
+    """Batches of k images of each value of a factor: `{factor: plate, size: 4}`."""
     log_every: Width = 10
     """Steps between two rows of metrics."""
     checkpoint_every: Width = 1000

@@ -75,6 +75,7 @@ class Record:
         self._bar.set_postfix_str(
             f"loss {row['loss']:.4g}, {row['images_per_second']:.0f} images/s, "
             f"{row['data_wait']:.0%} waiting for data"
+            + (f", {row['skipped']:.0f} skipped" if row.get("skipped") else "")
         )
 
     def __enter__(self) -> Self:

@@ -21,6 +21,7 @@ from .interrupt import StopRequest, TrainingInterrupted
 from .learner import Learner
 from .metrics import Record
 from .schedule import Schedule
+from .skips import SkipList
 from .world import join_world
 
 log = logging.getLogger(__name__)
@@ -78,10 +79,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
         if newest is None and world.rank == 0:
             begin_run(config, report)
 
+        skips = SkipList(config.output, start, world) if config.on_error == "skip" else None
         with StopRequest() as stop, Record(config, schedule.total, start, world.rank) as record:
             for step, batch in record.waiting(batches(loader, start, schedule.total)):
                 terms = learner.step(step, views_of(batch), batch.metadata)
                 done = step + 1
+                if skips is not None:
+                    terms["skipped"] = skips.note(done, batch.skipped)
                 record.step(done, terms, images=config.batch_size)
                 signum = world.largest(stop.signum)
                 if signum or done == schedule.total or done % config.checkpoint_every == 0:

@@ -38,6 +38,14 @@ class World:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared)
 
+    def total(self, value: int) -> int:
+        """The sum of the ranks' values, on every rank."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        dist.all_reduce(shared)
+        return int(shared)
+
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:

@@ -1,6 +1,7 @@
 """A small run that uses every part of the trainer, and ways to look at what it left."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fino_fast.data import ShardSet
 from fino_fast.train import TrainConfig
 
 IMAGES, BATCH, EPOCHS = 28, 8, 2
@@ -43,6 +45,32 @@ def run_config(shards: Path, output: Path, **changes: Any) -> TrainConfig:
         "checkpoint_every": 2,
     }
     return TrainConfig.checked(content | changes, "test")
+
+
+def damaged_copy(shards: Path, target: Path, count: int) -> Path:
+    """A copy of the shards in which every `count`-th image to adapt on has a flipped byte."""
+    shutil.copytree(shards, target)
+    opened = ShardSet.open(target)
+    for row in opened.rows_of("adapt")[::count].tolist():
+        record = opened.index[row]
+        name = opened.manifest.shards[int(record["shard"])].name
+        place = int(record["offset"]) + int(record["size"]) // 2
+        with (target / f"{name}.tar").open("r+b") as tar:
+            tar.seek(place)
+            byte = tar.read(1)[0]
+            tar.seek(place)
+            tar.write(bytes([byte ^ 0xFF]))
+    return target
+
+
+def skipped(run: Path) -> list[dict[str, Any]]:
+    """What all ranks of a run skipped, by step and place."""
+    found = [
+        json.loads(line)
+        for path in run.glob("skipped-rank-*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    return sorted(found, key=lambda skip: (skip["step"], skip["place"]))
 
 
 def write_yaml(config: TrainConfig, path: Path) -> Path:

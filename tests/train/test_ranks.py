@@ -15,7 +15,7 @@ from fino_fast.train.build import build_loader
 from fino_fast.train.checkpoint import path_of
 from fino_fast.train.world import World
 
-from .runs import STEPS, rows, run_config, tensors, write_yaml
+from .runs import STEPS, damaged_copy, rows, run_config, skipped, tensors, write_yaml
 
 # Nothing here depends on the rank: no dropout, no statistics of a part of the batch.
 ALIKE = {
@@ -40,9 +40,11 @@ def on_two_ranks(store: Path, *command: str) -> str:
 def test_two_ranks_equal_one_and_may_continue_each_others_runs(
     shards: Path, tmp_path: Path
 ) -> None:
-    alone = run_config(shards, tmp_path / "alone", **ALIKE)
+    """Also where samples are damaged: both skip the same ones, and count and list them alike."""
+    damaged = damaged_copy(shards, tmp_path / "shards", 9)
+    alone = run_config(damaged, tmp_path / "alone", **ALIKE, on_error="skip")
     train(alone)
-    together = run_config(shards, tmp_path / "together", **ALIKE)
+    together = run_config(damaged, tmp_path / "together", **ALIKE, on_error="skip")
     config = write_yaml(together, tmp_path / "together.yaml")
     printed = on_two_ranks(tmp_path / "store", "train", str(config))
     assert printed.count(f"{STEPS} steps done") == 1
@@ -54,12 +56,16 @@ def test_two_ranks_equal_one_and_may_continue_each_others_runs(
     for row, other in zip(rows(alone.output), rows(together.output), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert row["skipped"] == other["skipped"]
+    assert skipped(alone.output) == skipped(together.output)
+    assert rows(together.output)[-1]["skipped"] == len(skipped(together.output)) >= 4
 
     shutil.rmtree(path_of(together.output, STEPS))
     train(together, resume=True)  # alone, from the two ranks' step 4
     found = tensors(path_of(together.output, STEPS))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
+    assert skipped(together.output) == skipped(alone.output)
 
 
 def test_a_batch_that_the_ranks_cannot_share(shards: Path, tmp_path: Path) -> None:

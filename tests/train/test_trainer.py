@@ -27,7 +27,17 @@ from fino_fast.train.backbone import build_backbone
 from fino_fast.train.checkpoint import checkpoints, load_backbone, path_of
 from fino_fast.train.learner import DivergedError, Learner
 
-from .runs import STEPS, differing, rows, run_config, tensors, untimed, write_yaml
+from .runs import (
+    STEPS,
+    damaged_copy,
+    differing,
+    rows,
+    run_config,
+    skipped,
+    tensors,
+    untimed,
+    write_yaml,
+)
 
 
 @pytest.fixture(scope="module")
@@ -380,6 +390,39 @@ def test_shards_that_moved_into_a_store(
     path = write_yaml(config, tmp_path / "config.yaml")
     assert main(["train", str(path), "--resume"]) == 0
     assert differing(path_of(started_run, STEPS), path_of(whole_run, STEPS)) == []
+
+
+def test_damaged_samples_end_a_run_or_are_skipped_and_listed(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = damaged_copy(shards, tmp_path / "shards", 9)
+    run = run_config(damaged, tmp_path / "run", groups={"factor": "camera", "size": 2})
+    with pytest.raises(DataError, match=r"sample '\d+' in .*shard-0000-000000\.tar at offset"):
+        train(run)
+    shutil.rmtree(run.output)
+    run = run.model_copy(update={"on_error": "skip"})
+    train(run)
+    opened = ShardSet.open(shards)
+    bad = {opened.ids[row] for row in opened.rows_of("adapt")[::9].tolist()}
+    listed = skipped(run.output)
+    assert {skip["id"] for skip in listed} == bad
+    assert all("at offset" in skip["reason"] for skip in listed)
+    assert [row["skipped"] for row in rows(run.output)] == [
+        sum(skip["step"] <= step for skip in listed) for step in range(1, STEPS + 1)
+    ]
+
+    again = run.model_copy(update={"output": tmp_path / "again"})
+    signal_at(monkeypatch, 3, signal.SIGTERM)
+    with pytest.raises(TrainingInterrupted):
+        train(again)
+    # A crash after the checkpoint: what it had skipped by then is done again.
+    with (again.output / "skipped-rank-0.jsonl").open("a") as file:
+        file.write(json.dumps(listed[-1] | {"step": 4}) + "\n")
+    monkeypatch.undo()
+    train(again, resume=True)
+    assert skipped(again.output) == listed
+    assert untimed(again.output) == untimed(run.output)
+    assert differing(path_of(again.output, STEPS), path_of(run.output, STEPS)) == []
 
 
 def test_other_data_are_refused(five_channel_shards: Path, tmp_path: Path, shards: Path) -> None:

@@ -1,0 +1,126 @@
+"""Reading and decoding ahead of who wants the batches, and what happens to damaged samples."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fino_fast.errors import DataError
+
+from .pipeline import DamagedSamples, Pipeline
+from .views import Draws
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that could not be shown, and why; another one took its place."""
+
+    row: int
+    """Its number in the set."""
+    id: str
+    place: int
+    """Place in the epoch."""
+    reason: str
+    """Shard, offset and what is wrong."""
+
+
+@dataclass
+class Work:
+    """The samples of one batch, in every stage of its making."""
+
+    places: NDArray[np.int64]
+    """int64 [n], their places in the epoch, or in the split."""
+    rows: NDArray[np.int64]
+    """int64 [n], their numbers in the set."""
+    draws: list[Draws]
+    payloads: list[Future[bytes]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+Replace = Callable[[Work, int, DataError], None]
+"""Puts another sample in the place of the i-th of a batch, or raises the error."""
+
+
+class Prefetch:
+    """Reads and decodes some batches ahead, and gives them out in order."""
+
+    def __init__(self, read: Callable[[int], bytes], threads: int) -> None:
+        self._read = read
+        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="fino-read")
+
+    def run(
+        self, pipeline: Pipeline, batches: Iterable[Work], replace: Replace
+    ) -> Iterator[tuple[Work, list[torch.Tensor]]]:
+        """Each batch with its views.
+
+        Raises:
+            DataError: what `replace` raises of a sample that cannot be read or decoded.
+        """
+        reading: deque[Work] = deque()
+        decoding: deque[Work] = deque()
+        try:
+            for work in batches:
+                work.payloads = [
+                    self._readers.submit(self._read, row) for row in work.rows.tolist()
+                ]
+                reading.append(work)
+                if len(reading) > pipeline.depth:
+                    decoding.append(self._submit(pipeline, reading.popleft(), replace))
+                if len(decoding) == pipeline.depth:
+                    yield self._finish(pipeline, decoding, replace)
+            while reading or decoding:
+                if reading:
+                    decoding.append(self._submit(pipeline, reading.popleft(), replace))
+                if len(decoding) == pipeline.depth or not reading:
+                    yield self._finish(pipeline, decoding, replace)
+        finally:
+            for work in reading:
+                for future in work.payloads:
+                    future.cancel()
+            pipeline.reset()
+
+    def _submit(self, pipeline: Pipeline, work: Work, replace: Replace) -> Work:
+        while True:
+            for i in range(len(work.rows)):
+                self._await(work, i, replace)
+            payloads = [future.result() for future in work.payloads]
+            try:
+                pipeline.submit(work.rows.tolist(), payloads, work.draws)
+            except DamagedSamples as damaged:
+                self._replace(work, damaged, replace)
+            else:
+                return work
+
+    def _await(self, work: Work, i: int, replace: Replace) -> None:
+        """Read until the i-th sample is a sound one."""
+        while True:
+            try:
+                work.payloads[i].result()
+            except DataError as error:
+                self._replace(work, DamagedSamples({i: error}), replace)
+            else:
+                return
+
+    def _finish(
+        self, pipeline: Pipeline, decoding: deque[Work], replace: Replace
+    ) -> tuple[Work, list[torch.Tensor]]:
+        while True:
+            try:
+                tensors = pipeline.result()
+            except DamagedSamples as damaged:
+                self._replace(decoding[0], damaged, replace)
+                # A pipeline may have lost what else was in work.
+                pipeline.reset()
+                for work in decoding:
+                    self._submit(pipeline, work, replace)
+            else:
+                return decoding.popleft(), tensors
+
+    def _replace(self, work: Work, damaged: DamagedSamples, replace: Replace) -> None:
+        for i, error in damaged.faults.items():
+            replace(work, i, error)
+            work.payloads[i] = self._readers.submit(self._read, int(work.rows[i]))
