@@ -245,11 +245,16 @@ class FinoLoss(nn.Module):
         self, z: Tensor, values: dict[str, Tensor], views: int, dtype: torch.dtype, terms: Terms
     ) -> Tensor:
         """Σ_f s_f · weight_f · L_f; enters L_f and its metric into `terms`."""
+        # The backward pass may come after the next set_progress.
+        guidance = {
+            "preserve": frozen(self.guidance.clone()),
+            "suppress": frozen(-self.guidance),
+        }
         calls, pullbacks = [], []
         for factor in self.factors:
-            sign = 1.0 if factor.role == "preserve" else -1.0
-            guided = scale_gradient(z, frozen(sign * self.guidance))
-            call, pullback = self._head_call(factor, guided, values[factor.name], views, dtype)
+            call, pullback = self._head_call(
+                factor, z, values[factor.name], views, dtype, guidance[factor.role]
+            )
             calls.append(call)
             pullbacks.append(pullback)
         with torch.autocast(z.device.type, enabled=False):
@@ -266,18 +271,29 @@ class FinoLoss(nn.Module):
         return (weights * losses).sum()
 
     def _head_call(
-        self, factor: Factor, z: Tensor, value: Tensor, views: int, dtype: torch.dtype
+        self,
+        factor: Factor,
+        z: Tensor,
+        value: Tensor,
+        views: int,
+        dtype: torch.dtype,
+        guidance: Tensor,
     ) -> tuple[HeadCall, Pullback]:
         head = self.heads[factor.name]
         if isinstance(head, PrototypeHead):
             target = trainable_target(value, head.counts).repeat(views)
             inv_count = _inverse(sum_over_ranks((target >= 0).sum()), dtype)
             call = HeadCall(
-                "prototype", z, head.centroids, head.temperatures, target, inv_count, 0, head.counts
-            )
+                "prototype", z, head.centroids, head.temperatures, target, inv_count, 0,
+                head.counts, guidance,
+            )  # fmt: skip
             return call, None
         assert isinstance(head, LinearHead)
         pullback: Pullback = None
+        guided = None if len(head.hidden) else guidance
+        if len(head.hidden):
+            # The layers' own parameters see no guidance: it acts in front of them.
+            z = scale_gradient(z, guidance)
         if self.balance and len(head.hidden):
             x, pullback = cast(tuple[Tensor, Pullback], torch.func.vjp(head.features, z))
         else:
@@ -292,7 +308,10 @@ class FinoLoss(nn.Module):
             target = value.repeat(views)
             valid = target >= 0
         inv_count = _inverse(sum_over_ranks(valid.sum()), dtype)
-        return HeadCall(kind, x, head.weight, head.bias, target, inv_count, smoothing), pullback
+        call = HeadCall(
+            kind, x, head.weight, head.bias, target, inv_count, smoothing, guidance=guided
+        )
+        return call, pullback
 
     @torch.no_grad()
     def _balance(self, results: list[HeadResult], pullbacks: list[Pullback]) -> Tensor:

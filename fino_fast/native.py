@@ -55,7 +55,7 @@ def _deferred(call: HeadCall) -> bool:
 def _run(calls: list[HeadCall], want_x: bool, want_bank: bool) -> list[HeadResult]:
     no_counts = calls[0].target.new_empty(0, dtype=torch.int64)
     losses, metrics, gradients = ops.heads(
-        [call.x for call in calls],
+        [call.guided for call in calls],
         [call.bank for call in calls],
         [call.offset for call in calls],
         [call.target for call in calls],

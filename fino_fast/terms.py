@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from .factors import Role
+from .reference import scale_gradient
 
 Kind = Literal["linear", "prototype", "identity", "sigmoid", "tanh"]
 
@@ -23,6 +24,7 @@ class HeadCall:
         inv_count: 0-d, 1 / number of valid rows or entries on all ranks.
         label_smoothing: ε.
         counts: [K] int64, rows seen of every class; for `prototype`.
+        guidance: 0-d, sign·λ, by which the gradient that reaches `x` is multiplied; None is 1.
     """
 
     kind: Kind
@@ -33,6 +35,12 @@ class HeadCall:
     inv_count: Tensor
     label_smoothing: float = 0.0
     counts: Tensor | None = None
+    guidance: Tensor | None = None
+
+    @property
+    def guided(self) -> Tensor:
+        """`x`, whose gradient is multiplied by `guidance`."""
+        return self.x if self.guidance is None else scale_gradient(self.x, self.guidance)
 
 
 @dataclass
@@ -42,7 +50,7 @@ class HeadResult:
     Attributes:
         loss: 0-d, differentiable in `x` and, but for prototypes, in `bank` and `offset`.
         metric: 0-d detached: accuracy, or the mean squared error.
-        gradient: [N, D] detached ∂loss/∂x, where it was asked for.
+        gradient: [N, D] detached ∂loss/∂x without the guidance, where it was asked for.
     """
 
     loss: Tensor

@@ -67,7 +67,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     target = GPUTarget("cuda", capability, WARP)
     backend = make_backend(target)
     kernel = launch.kernel
-    settings = {"num_warps": launch.warps, "num_stages": launch.stages}
+    settings = {"num_warps": launch.compiler.warps, "num_stages": launch.compiler.stages}
     # As in JITFunction.run.
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = binder(**launch.arguments, **launch.constants, **settings)

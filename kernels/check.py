@@ -18,46 +18,52 @@ from torch import Tensor
 from .aot import SHARED_LIMIT, Compiled, compile_launch, record
 from .contrastive_backward import contrastive_backward
 from .contrastive_forward import contrastive_forward
-from .heads import heads_forward
+from .heads import Heads, Upstream, heads_gradient, heads_loss
 from .launch import Launch
 from .page import write_between
 from .tiles import TILES, Tiles, forced
 
 CAPABILITIES = tuple(SHARED_LIMIT)
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-ROWS, WIDTH, CLASSES = 4096, 768, 10_000
+ROWS, CLASSES = 4096, 10_000
+# Of embedding and projection: what is usual, and what no load of 16 bytes fits.
+WIDTHS = ((768, 256), (769, 1))
 
 
-def launches(dtype: torch.dtype, tiles: Tiles) -> list[Launch]:
-    """One launch of every kernel, of the heads' sweep with gradient and without."""
+def launches(dtype: torch.dtype, tiles: Tiles, widths: tuple[int, int]) -> list[Launch]:
+    """One launch of every kernel and compile-time variant, for rows of two widths."""
     sums = torch.float64 if dtype == torch.float64 else torch.float32
 
     def tensor(*size: int, of: torch.dtype = sums) -> Tensor:
         return torch.empty(size, dtype=of, device="meta")
 
-    x, one = tensor(ROWS, WIDTH, of=dtype), tensor()
-    lse = tensor(ROWS)
-    counts = tensor(CLASSES, of=torch.int64)
+    x, p = (tensor(ROWS, width, of=dtype) for width in widths)
+    one, lse = tensor(), tensor(ROWS)
+    kind = list(range(5))
     sizes = [CLASSES, CLASSES, 2, 2, 2]
-    targets = [tensor(ROWS, of=torch.int64)] * 2 + [tensor(ROWS, 2)] * 3
+    target = [tensor(ROWS, of=torch.int64)] * 2 + [tensor(ROWS, 2)] * 3
+
+    def table(heads: list[int]) -> Heads:
+        return Heads(
+            [x] * len(heads),
+            [tensor(sizes[f], widths[0]) for f in heads],
+            [tensor(sizes[f]) for f in heads],
+            [target[f] for f in heads],
+            [one] * len(heads),
+            [tensor(sizes[f], of=torch.int64) for f in heads],
+            [kind[f] for f in heads],
+            [0.1 if f == 0 else 0.0 for f in heads],
+        )
+
+    trained = [0, 2, 3, 4]
     with forced(tiles), record() as recorded:
-        for want in (True, False):
-            heads_forward(
-                [x] * 5,
-                [tensor(size, WIDTH) for size in sizes],
-                [tensor(size) for size in sizes],
-                targets,
-                [one] * 5,
-                [counts] * 5,
-                list(range(5)),
-                [0.1, 0.0, 0.0, 0.0, 0.0],
-                want,
-                want,
-            )
-        contrastive_forward(x, x, one, 2, 0, False)
-        contrastive_backward(one, x, x, one, lse, lse, 2, 0, False)
+        _, _, lses, kept = heads_loss(table(kind), [f == 1 for f in kind])
+        upstream = Upstream(tensor(5), [one] * 5, [0] * 5, lses, kept)
+        heads_gradient(upstream, [x], table(trained), trained, True, True)
+        contrastive_forward(p, p, one, 2, 0, False)
+        contrastive_backward(one, p, p, one, lse, lse, 2, 0, False)
     different = {
-        (entry.kernel.__name__, entry.constants.get("GRADIENT")): entry for entry in recorded
+        (entry.kernel.__name__, entry.constants.get("UPSTREAM")): entry for entry in recorded
     }
     return list(different.values())
 
@@ -71,15 +77,16 @@ def compiled(
         dtype = getattr(torch, name)
         for capability in capabilities:
             tiles = TILES[capability // 10, dtype.itemsize]
-            for launch in launches(dtype, tiles):
-                results.append((name, launch, compile_launch(launch, capability)))
+            for widths in WIDTHS:
+                for launch in launches(dtype, tiles, widths):
+                    results.append((name, launch, compile_launch(launch, capability)))
     return results
 
 
 def faults(dtype: str, launch: Launch, result: Compiled) -> list[str]:
     """What is wrong with one compiled kernel, in words."""
     limit = SHARED_LIMIT[result.capability]
-    sweeps = "DEPTH" in launch.constants and "WIDTH" in launch.constants
+    sweeps = "COLUMNS" in launch.constants
     where = f"{result.kernel}, {dtype}, sm_{result.capability}"
     found = {
         f"spills {result.spilled} bytes": result.spilled > 0,
@@ -92,7 +99,7 @@ def faults(dtype: str, launch: Launch, result: Compiled) -> list[str]:
 
 
 def table(results: list[tuple[str, Launch, Compiled]]) -> str:
-    """The results as Markdown, all compile-time variants of a kernel as one row."""
+    """The results as Markdown, all widths and compile-time variants of a kernel as one row."""
     rows: dict[tuple[str, str, int], list[Compiled]] = {}
     for dtype, _, result in results:
         kernel = result.kernel.removesuffix("_kernel")

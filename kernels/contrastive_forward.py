@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .inverse_norms import inverse_norms
 from .launch import launch, sweep_constants
+from .operands import Operand, Request, operands
 from .row_sum import row_sum
 from .tile import LOWEST, inner_products
-from .tiles import pair_tiles, tiles_for
+from .tiles import tiles_for
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def contrastive_forward_kernel(
     row, row_stride, column, column_stride, norms, logit_scale, lse_out, loss_out,
     n, m, depth, local, images, first, positives,
     TWO_TOWER: tl.constexpr, SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     TYPE: tl.constexpr = row.dtype.element_ty
     scale = tl.load(logit_scale).to(SUM)
@@ -72,17 +72,16 @@ def contrastive_forward(
     Returns:
         (0-d Σ_i loss_i / M, [N] log-sum-exp of every row).
     """
-    rows, columns = unit_stride(rows), unit_stride(columns)
-    tiles = pair_tiles(tiles_for(rows), rows.element_size())
-    (norms,) = inverse_norms([columns])
-    lse, loss = (norms.new_empty(rows.shape[0]) for _ in range(2))
+    tiles = tiles_for(rows)
+    every, mine = operands([Request(columns, norms=True), Request(rows)], rows.dtype)
+    lse, loss = (every.inverse_norms.new_empty(rows.shape[0]) for _ in range(2))
     launch(
         contrastive_forward_kernel,
-        triton.cdiv(rows.shape[0], tiles.rows),
+        triton.cdiv(rows.shape[0], tiles.sweep_rows),
         rows,
-        tiles,
+        tiles.compiler,
         sweep_constants(rows, tiles) | {"TWO_TOWER": two_tower},
-        **batch_arguments(rows, columns, logit_scale, norms, views, first),
+        **batch_arguments(mine, every, logit_scale, views, first),
         lse_out=lse,
         loss_out=loss,
     )
@@ -90,27 +89,22 @@ def contrastive_forward(
 
 
 def batch_arguments(
-    rows: Tensor, columns: Tensor, logit_scale: Tensor, norms: Tensor, views: int, first: int
+    rows: Operand, columns: Operand, logit_scale: Tensor, views: int, first: int
 ) -> dict[str, Tensor | int]:
     """What both contrastive sweeps are told of the batch."""
+    n, m = rows.matrix.shape[0], columns.matrix.shape[0]
     return {
-        "row": rows,
-        "row_stride": rows.stride(0),
-        "column": columns,
-        "column_stride": columns.stride(0),
-        "norms": norms,
+        "row": rows.matrix,
+        "row_stride": rows.matrix.stride(0),
+        "column": columns.matrix,
+        "column_stride": columns.matrix.stride(0),
+        "norms": columns.inverse_norms,
         "logit_scale": logit_scale,
-        "n": rows.shape[0],
-        "m": columns.shape[0],
-        "depth": rows.shape[1],
-        "local": rows.shape[0] // views,
-        "images": columns.shape[0] // views,
+        "n": n,
+        "m": m,
+        "depth": rows.matrix.shape[1],
+        "local": n // views,
+        "images": m // views,
         "first": first,
         "positives": views - 1,
     }
-
-
-def unit_stride(matrix: Tensor) -> Tensor:
-    """`matrix` with neighbouring columns side by side in memory; a copy only where they are not."""
-    matrix = matrix.detach()
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .tiles import Tiles
+from .tiles import Compiler, Tiles
 
 Runner = Callable[["Launch"], None]
 
@@ -24,7 +24,7 @@ class Launch:
         device: where it runs.
         arguments: run-time arguments by name; tuples are tables with one entry a bank.
         constants: compile-time arguments by name.
-        warps, stages: for the compiler.
+        compiler: warps and stages.
     """
 
     kernel: Any
@@ -32,8 +32,7 @@ class Launch:
     device: torch.device
     arguments: dict[str, Any]
     constants: dict[str, Any]
-    warps: int
-    stages: int
+    compiler: Compiler
 
 
 def run(launch: Launch) -> None:
@@ -43,8 +42,8 @@ def run(launch: Launch) -> None:
         launch.kernel[(launch.programs,)](
             **launch.arguments,
             **launch.constants,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+            num_warps=launch.compiler.warps,
+            num_stages=launch.compiler.stages,
         )
 
 
@@ -66,12 +65,12 @@ def launch(
     kernel: Any,
     programs: int,
     like: Tensor,
-    tiles: Tiles,
+    compiler: Compiler,
     constants: dict[str, Any],
     **arguments: Any,
 ) -> None:
     """Launch `kernel` on the device of `like`."""
-    _runner(Launch(kernel, programs, like.device, arguments, constants, tiles.warps, tiles.stages))
+    _runner(Launch(kernel, programs, like.device, arguments, constants, compiler))
 
 
 def input_precision(x: Tensor) -> str:
@@ -86,15 +85,20 @@ def input_precision(x: Tensor) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def sweep_constants(x: Tensor, tiles: Tiles) -> dict[str, Any]:
-    """The compile-time arguments that every sweep over rows like `x` takes."""
-    return {
-        "SUM": triton.language.float64 if x.dtype == torch.float64 else triton.language.float32,
-        "ROWS": tiles.rows,
+def sum_type(dtype: torch.dtype) -> Any:
+    """Triton's name of the dtype of sums over numbers of `dtype`."""
+    return triton.language.float64 if dtype == torch.float64 else triton.language.float32
+
+
+def sweep_constants(x: Tensor, tiles: Tiles, gradient: bool = False) -> dict[str, Any]:
+    """The compile-time arguments that sweeps over rows like `x` take; more for a `gradient`."""
+    constants = {
+        "SUM": sum_type(x.dtype),
+        "ROWS": tiles.rows if gradient else tiles.sweep_rows,
         "COLUMNS": tiles.columns,
         "DEPTH": tiles.depth,
-        "WIDTH": tiles.width,
         "PRECISION": input_precision(x),
         # The interpreter's bf16 product is wrong; there the operands are widened first.
         "WIDEN": bool(triton.knobs.runtime.interpret) and x.dtype == torch.bfloat16,
     }
+    return constants | ({"WIDTH": tiles.width, "CHUNK": tiles.chunk} if gradient else {})

@@ -11,7 +11,7 @@ from pathlib import Path
 from triton import cdiv
 
 from .page import write_between
-from .tiles import TILES, Tiles, pair_tiles
+from .tiles import TILES, Tiles
 
 
 @dataclass(frozen=True)
@@ -33,56 +33,88 @@ class Cost:
 
 
 def sweep(
-    outer: int,
-    inner: int,
-    depth: int,
-    tile: tuple[int, int],
-    itemsize: tuple[int, int],
-    tiles: Tiles,
-    gradient: bool,
+    outer: int, inner: int, depth: int, tile: tuple[int, int], itemsize: int, step: int
 ) -> Cost:
-    """A sweep of `outer` vectors over `inner` ones.
+    """Logits of `outer` vectors, which own programs, with `inner` ones.
 
     Args:
-        outer: vectors that own programs (the rows; of a bank's gradient, the bank).
-        inner: vectors that every program goes through.
         depth: width D of both.
         tile: of outer and inner vectors.
-        itemsize: bytes of an entry of outer and inner vectors.
-        tiles: for the step and the width.
-        gradient: whether Σ coefficient · inner vector is accumulated, [outer, D].
+        itemsize: bytes of an entry.
+        step: along D inside a product.
     """
     outer_tiles, inner_tiles = cdiv(outer, tile[0]), cdiv(inner, tile[1])
-    pair = 2 * outer_tiles * tile[0] * inner_tiles * tile[1]
-    parts = cdiv(depth, tiles.width) if gradient else 1
-    steps = cdiv(depth, tiles.depth) * tiles.depth
-    # The logits once for every part of the width; then that part of the gradient.
-    flops = pair * parts * (steps + (tiles.width if gradient else 0))
-    outer_bytes = outer * depth * itemsize[0]
-    inner_bytes = inner * depth * itemsize[1]
-    moved = parts * (inner_tiles * outer_bytes + outer_tiles * inner_bytes)
-    if gradient:
-        # The operand of the second product; the vectors' own rows once more, and the result.
-        moved += outer_tiles * inner_bytes + 2 * outer_bytes
+    flops = 2 * outer_tiles * tile[0] * inner_tiles * tile[1] * cdiv(depth, step) * step
+    outer_bytes, inner_bytes = outer * depth * itemsize, inner * depth * itemsize
+    moved = inner_tiles * outer_bytes + outer_tiles * inner_bytes
     return Cost(flops, moved, outer_bytes + inner_bytes)
+
+
+def gradient_sweep(
+    outer: int, inner: int, depth: int, tile: tuple[int, int], itemsize: int, tiles: Tiles,
+    written: int, parts: int = 1,
+) -> Cost:  # fmt: skip
+    """Σ_j coefficient_ij · inner vector j for every outer vector i, logits included.
+
+    Args:
+        outer, inner, depth, tile, itemsize: as in `sweep`.
+        tiles: for the chunk, the step and the width.
+        written: bytes of an entry of the gradient.
+        parts: into which the inner vectors are split, each with a gradient of its own.
+    """
+    outer_tiles, chunks = cdiv(outer, tile[0]), parts * cdiv(cdiv(inner, parts), tiles.chunk)
+    inner_step = cdiv(inner, tiles.depth) * tiles.depth  # chunks are multiples of it
+    inner_tile = cdiv(inner, tile[1]) * tile[1]
+    width = cdiv(depth, tiles.width) * tiles.width
+    rows, sums = outer_tiles * tile[0], max(itemsize, 4)
+    flops = 2 * rows * inner_step * width
+    # Coefficients: written once, read for every width. Vectors: once more for every outer tile.
+    moved = itemsize * rows * (inner_tile + inner_step * width // tiles.width)
+    moved += outer_tiles * inner * depth * itemsize
+    # The sums of a chunk: written, and read for the next; at the end read and written out.
+    moved += sums * rows * width * (2 * chunks - parts) + parts * outer * depth * (sums + written)
+    logits = sweep(outer, inner, depth, tile, itemsize, tiles.depth)
+    return logits + Cost(flops, moved, parts * outer * depth * written)
+
+
+def copied(entries: int, itemsize: tuple[int, int]) -> Cost:
+    """Entries converted from one size to another by `operands`: read twice, written once."""
+    moved = entries * (2 * itemsize[0] + itemsize[1])
+    return Cost(0, moved, entries * sum(itemsize))
 
 
 def contrastive_cost(n: int, m: int, width: int, itemsize: int, tiles: Tiles) -> Cost:
     """Forward and backward of N local rows against M columns."""
-    tiles = pair_tiles(tiles, itemsize)
-    shape = n, m, width, (tiles.rows, tiles.columns), (itemsize, itemsize), tiles
-    return sweep(*shape, gradient=False) + sweep(*shape, gradient=True)
+    return (
+        sweep(n, m, width, (tiles.sweep_rows, tiles.columns), itemsize, tiles.depth)
+        + gradient_sweep(n, m, width, (tiles.rows, tiles.columns), itemsize, tiles, itemsize)
+        + copied(m * width, (itemsize, itemsize))
+    )
 
 
 def head_cost(
     n: int, depth: int, classes: int, itemsize: tuple[int, int], tiles: Tiles, trained: bool
 ) -> Cost:
-    """A head with its gradients: at the rows, and at the bank where it is `trained`."""
-    rows = sweep(n, classes, depth, (tiles.rows, tiles.columns), itemsize, tiles, True)
+    """A head with its gradients: at the rows, and at the bank where it is `trained`.
+
+    Args:
+        itemsize: bytes of an entry of rows and bank; the bank is converted to the rows' dtype.
+    """
+    size, sums = itemsize[0], max(4, itemsize[0])
+    cost = (
+        copied(classes * depth, (itemsize[1], size))
+        + sweep(n, classes, depth, (tiles.sweep_rows, tiles.columns), size, tiles.depth)
+        + gradient_sweep(n, classes, depth, (tiles.rows, tiles.columns), size, tiles, sums)
+    )
     if not trained:
-        return rows
-    back = (itemsize[1], itemsize[0])
-    return rows + sweep(classes, n, depth, (tiles.columns, tiles.rows), back, tiles, True)
+        return cost
+    back = (tiles.columns, tiles.rows)
+    # Backward the bank is converted again.
+    return (
+        cost
+        + copied(classes * depth, (itemsize[1], size))
+        + gradient_sweep(classes, n, depth, back, size, tiles, sums)
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .tiles import Tiles
+from .tiles import Compiler
 
 BLOCK = 1024
 
@@ -26,7 +26,7 @@ def row_sum(values: Tensor, divisor: int) -> Tensor:
         row_sum_kernel,
         1,
         values,
-        Tiles(0, 0, 0, 0, warps=8, stages=1),
+        Compiler(warps=8, stages=1),
         {"BLOCK": BLOCK},
         values=values,
         out=out,

@@ -1,7 +1,10 @@
 """Device functions of the tile loop that all sweeps share.
 
 A sweep takes tiles of rows against tiles of a bank: products accumulated over the width, then an
-epilogue that is the term's own. Offsets are int64 throughout: N·D and K·D may exceed 2³¹.
+epilogue that is the term's own. A sweep for gradients keeps the epilogue's coefficients of a chunk
+of the bank in memory of its program (in practice in the L2 cache), and multiplies them with the
+chunk afterwards: the logits are computed once whatever the width, and no accumulator outlives a
+product. Offsets are int64 throughout: N·D and K·D may exceed 2³¹.
 """
 
 import triton
@@ -9,6 +12,7 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-1.0e38)  # a masked logit; finite, so that no difference is NaN
 CLAMPED = tl.constexpr(0.99e12)  # an inverse norm above it stands for a norm below 1e-12
+FINISH = tl.constexpr(64)  # columns of a finished gradient that are written at a time
 HALF_MAX = tl.constexpr(65504.0)
 HALF_GAIN = tl.constexpr(1024.0)
 
@@ -85,16 +89,38 @@ def coefficients(g, gain, TYPE: tl.constexpr):
 
 
 @triton.jit
-def through_norm(gradient, x, inverse_norm, along):
-    """Gradient at x of a function whose gradient at x̂ = x/‖x‖ is known. [R, W]
+def accumulate(
+    work, count, b, b_stride, first, inner_ok, scratch, depth, started,
+    TYPE: tl.constexpr, SUM: tl.constexpr, A: tl.constexpr, CHUNK: tl.constexpr,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    CHECKED: tl.constexpr,
+):  # fmt: skip
+    """scratch = (scratch where `started` is 1) + coefficients · vectors first … of b.
 
-    inverse_norm · (gradient − x̂ ⟨x̂, gradient⟩), without the projection where ‖x‖ < 1e-12.
+    With CHECKED a vector whose entry of `inner_ok` is 0 may hold anything, NaN too.
 
     Args:
-        gradient: [R, W], at x̂.
-        x: [R, W].
-        inverse_norm: [R].
-        along: [R], ⟨x̂, gradient⟩ over the whole width.
+        work: [A, CHUNK] of this program, of which the first `count` columns hold coefficients.
+        b: a matrix of `depth` columns.
+        scratch: [A, depth rounded up to a multiple of WIDTH] of this program: no borders, no masks,
+            which would cost registers beside the accumulator.
     """
-    along = tl.where(inverse_norm < CLAMPED, along, 0.0)
-    return inverse_norm[:, None] * (gradient - x * (inverse_norm * along)[:, None])
+    # What one thread wrote, here and there, another will read.
+    tl.debug_barrier()
+    rows = tl.arange(0, A)
+    stride = tl.cdiv(depth, WIDTH) * WIDTH
+    for width_0 in range(0, depth, WIDTH):
+        at = scratch + width_0 + rows[:, None] * stride + tl.arange(0, WIDTH)[None, :]
+        total = tl.load(at, mask=started > 0, other=0.0)
+        for k in range(0, count, DEPTH):
+            step = tl.arange(0, DEPTH)
+            step_ok = k + step < count
+            if CHECKED:
+                step_ok = step_ok & (tl.load(inner_ok + k + step) != 0)
+            left = tl.load(work + k + rows[:, None] * CHUNK + step[None, :])
+            right = load_tile(
+                b, b_stride, first + k + step.to(tl.int64), step_ok, width_0, depth, WIDTH
+            )
+            total = product(left, right.to(TYPE), total, PRECISION, WIDEN)
+        tl.store(at, total)
+    tl.debug_barrier()

@@ -6,7 +6,7 @@ Chosen so that every kernel compiles without register spills and within the chip
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,43 +14,62 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Sizes of the tile loop.
+class Compiler:
+    """What the compiler is told beside the sizes.
 
     Attributes:
-        rows: rows of a tile.
-        columns: bank vectors of a tile.
-        depth: step along the width D inside a product.
-        width: columns of a gradient that one program accumulates; the logits are recomputed
-            ⌈D / width⌉ times.
-        warps, stages: of the compiler; stages are buffers of the software pipeline.
+        warps: of a program.
+        stages: buffers of the software pipeline.
     """
 
-    rows: int
-    columns: int
-    depth: int
-    width: int
     warps: int
     stages: int
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of the tile loop.
+
+    Attributes:
+        sweep_rows: rows of a tile where no gradient is taken.
+        rows: rows of a tile where one is; its epilogue holds more.
+        columns: bank vectors of a tile.
+        depth: step along the summed dimension inside a product.
+        width: columns of a gradient that are accumulated at a time.
+        chunk: vectors whose coefficients a program holds between its two products.
+        compiler: see there.
+    """
+
+    sweep_rows: int
+    rows: int
+    columns: int
+    depth: int
+    width: int
+    chunk: int
+    compiler: Compiler
+
+    def __post_init__(self) -> None:
+        if any(self.chunk % size for size in (self.rows, self.columns, self.depth)):
+            raise ValueError(f"a chunk holds whole tiles and steps, found {self}")
+
+
 # (compute capability major, bytes of the input dtype) → tiles.
 TILES = {
-    (8, 2): Tiles(64, 64, 64, 128, 8, 3),
-    (8, 4): Tiles(32, 32, 32, 128, 8, 2),
-    (8, 8): Tiles(32, 32, 16, 64, 8, 2),
-    (9, 2): Tiles(64, 64, 64, 128, 8, 4),
-    (9, 4): Tiles(32, 32, 16, 128, 8, 2),
-    (9, 8): Tiles(32, 32, 16, 64, 8, 2),
-    (10, 2): Tiles(64, 64, 64, 256, 8, 4),
-    (10, 4): Tiles(32, 32, 32, 128, 8, 2),
-    (10, 8): Tiles(32, 32, 16, 64, 8, 2),
+    (8, 2): Tiles(128, 64, 64, 32, 64, 512, Compiler(8, 3)),
+    (8, 4): Tiles(64, 32, 32, 32, 32, 256, Compiler(8, 2)),
+    (8, 8): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
+    (9, 2): Tiles(128, 128, 64, 64, 64, 512, Compiler(8, 3)),
+    (9, 4): Tiles(64, 32, 32, 32, 32, 256, Compiler(8, 2)),
+    (9, 8): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
+    (10, 2): Tiles(128, 64, 64, 64, 64, 512, Compiler(8, 3)),
+    (10, 4): Tiles(64, 32, 32, 32, 32, 256, Compiler(8, 2)),
+    (10, 8): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
 }
-# The contrastive sweep holds less beside its accumulator than the heads' do: bytes of the input
-# dtype → width that it can have.
-PAIR_WIDTH = {2: 256}
-# Small enough for a test of a few rows to cross tile borders.
-INTERPRETER_TILES = Tiles(32, 32, 32, 32, 4, 1)
+# Programs among which the tiles of a gradient are shared out: each has room for the coefficients of
+# one chunk, so this bounds their memory.
+WORKERS = 512
+# Small enough for a test of a few rows to cross the borders of tiles and chunks.
+INTERPRETER_TILES = Tiles(32, 32, 32, 32, 32, 64, Compiler(4, 1))
 
 _forced: Tiles | None = None
 
@@ -75,8 +94,3 @@ def tiles_for(x: Tensor) -> Tiles:
     major, _ = torch.cuda.get_device_capability(x.device)
     known = [architecture for architecture, _ in TILES if architecture <= major]
     return TILES[max(known, default=8), x.element_size()]
-
-
-def pair_tiles(tiles: Tiles, itemsize: int) -> Tiles:
-    """`tiles` as the contrastive sweeps take them for inputs of `itemsize` bytes."""
-    return replace(tiles, width=max(tiles.width, PAIR_WIDTH.get(itemsize, 0)))

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from fino_fast.kernels.heads import heads_forward
+from fino_fast.kernels.heads import Heads, Upstream, heads_gradient, heads_loss
 from torch import Tensor
 
 from fino_fast.eager import head_loss
@@ -75,23 +75,51 @@ def inverse(valid: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def run_heads(
-    calls: list[HeadCall], want_x: bool, want_bank: bool, device: torch.device
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """The kernels' answer; see `fino_fast.kernels.heads.heads_forward`."""
+    calls: list[HeadCall],
+    device: torch.device,
+    kept: bool | None = None,
+    guidance: float = 1.0,
+    upstream: float = 1.0,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    """(losses, metrics, ∂L/∂x by space, ∂L/∂bank, ∂L/∂offset by head) of one call of the kernels.
+
+    Args:
+        calls: the heads; those on one tensor stay on one tensor.
+        device: where.
+        kept: whether the gradients at the rows are taken with the loss; None: of prototypes only.
+        guidance, upstream: sign·λ, and the gradient at head f's loss divided by f + 1.
+    """
     none = torch.empty(0, dtype=torch.int64)
-    return heads_forward(
-        # Calls on one tensor stay on one tensor.
-        _moved([call.x for call in calls], device),
-        [call.bank.to(device) for call in calls],
-        [call.offset.to(device) for call in calls],
-        [call.target.to(device) for call in calls],
-        [call.inv_count.to(device) for call in calls],
-        [(none if call.counts is None else call.counts).to(device) for call in calls],
-        [KINDS.index(call.kind) for call in calls],
-        [call.label_smoothing for call in calls],
-        want_x,
-        want_bank,
+    x = _moved([call.x for call in calls], device)
+    sums = accumulation_dtype(x[0].dtype)
+    space = [next(i for i, other in enumerate(x) if other is rows) for rows in x]
+    order = sorted(set(space))
+    space = [order.index(i) for i in space]
+    lists = [
+        [getattr(call, name).to(device) for call in calls]
+        for name in ("bank", "offset", "target", "inv_count")
+    ]
+    counts = [(none if call.counts is None else call.counts).to(device) for call in calls]
+    kind = [KINDS.index(call.kind) for call in calls]
+    smoothing = [call.label_smoothing for call in calls]
+    losses, metrics, lse, grad_x = heads_loss(
+        Heads(x, *lists, counts, kind, smoothing),
+        [call.kind == "prototype" if kept is None else kept for call in calls],
     )
+    slot = [f for f, call in enumerate(calls) if call.kind != "prototype"]
+    spaces = [x[i] for i in order]
+    table = Heads(
+        [x[f] for f in slot], *([some[f] for f in slot] for some in lists), [],
+        [kind[f] for f in slot], [smoothing[f] for f in slot],
+    ) if slot else None  # fmt: skip
+    start = Upstream(
+        upstream * torch.arange(1, len(calls) + 1, dtype=sums, device=device),
+        [torch.tensor(guidance, dtype=sums, device=device)] * len(calls),
+        space, lse, grad_x,
+    )  # fmt: skip
+    rows, *trained = heads_gradient(start, spaces, table, slot, True, True)
+    by_head = [dict(zip(slot, gradients, strict=True)) for gradients in trained]
+    return losses, metrics, rows, *([some.get(f) for f in range(len(calls))] for some in by_head)
 
 
 def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -113,17 +141,25 @@ def expected_head(call: HeadCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None
     return loss.detach(), metric, *gradients
 
 
-def check_heads(calls: list[HeadCall], device: torch.device) -> None:
-    """Assert that one call with all gradients gives every head's value and gradients."""
-    losses, metrics, *gradients = run_heads(calls, True, True, device)
+def check_heads(calls: list[HeadCall], device: torch.device, kept: bool | None = None) -> None:
+    """Assert that one call gives every head's value and gradients, summed where rows are shared."""
+    losses, metrics, rows, *trained = run_heads(calls, device, kept, guidance=-0.5, upstream=3.0)
+    spaces: dict[int, Tensor] = {}
     for f, call in enumerate(calls):
-        loss, metric, *expected = expected_head(call)
+        loss, metric, by_x, *expected = expected_head(call)
         close(losses[f].cpu(), loss, call.x.dtype, size=max(1.0, loss.item()))
         close(metrics[f].cpu(), metric, call.x.dtype, size=max(1.0, loss.item()))
+        factor = 3.0 * (f + 1)
+        spaces[id(call.x)] = spaces.get(id(call.x), 0) - 0.5 * factor * by_x
         if call.kind == "prototype":
-            expected = expected[:1]
-        for found, wanted in zip([g[f].cpu() for g in gradients], expected, strict=False):
-            close(found, wanted, call.x.dtype)
+            continue
+        of = (call.bank, call.offset)
+        for found, wanted, like in zip([g[f] for g in trained], expected, of, strict=True):
+            assert found.dtype == like.dtype
+            close(found.cpu(), factor * wanted, call.x.dtype)
+    for found, wanted, call in zip(rows, spaces.values(), calls, strict=False):
+        assert found.dtype == call.x.dtype
+        close(found.cpu(), wanted, call.x.dtype)
 
 
 def expected_contrastive(

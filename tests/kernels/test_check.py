@@ -8,16 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 from fino_fast.kernels.aot import SHARED_LIMIT, Compiled
-from fino_fast.kernels.check import faults, launches
+from fino_fast.kernels.check import WIDTHS, faults, launches
 from fino_fast.kernels.launch import Launch
 from fino_fast.kernels.tiles import TILES
 
 NAMES = {
     "contrastive_backward",
     "contrastive_forward",
-    "heads_finish",
+    "heads_banks",
+    "heads_combine",
+    "heads_rows",
     "heads_sweep",
-    "inverse_norms",
+    "operands",
     "row_sum",
 }
 
@@ -40,22 +42,39 @@ def test_every_kernel_compiles_for_an_h100_within_its_limits() -> None:
     assert {row[0].strip() for row in rows} == NAMES
     for row in rows:
         assert row[2].strip() == "sm_90"
-        if row[0].strip() not in ("inverse_norms", "row_sum"):
+        if row[0].strip() not in ("operands", "heads_combine", "row_sum"):
             assert "wgmma" in row[6]
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 def test_there_are_tiles_for_every_dtype(capability: int) -> None:
     for dtype in (torch.float16, torch.float32, torch.float64):
-        found = launches(dtype, TILES[capability // 10, dtype.itemsize])
-        assert {launch.kernel.__name__.removesuffix("_kernel") for launch in found} == NAMES
+        for widths in WIDTHS:
+            found = launches(dtype, TILES[capability // 10, dtype.itemsize], widths)
+            assert {launch.kernel.__name__.removesuffix("_kernel") for launch in found} == NAMES
+
+
+def test_no_sweep_sees_rows_that_do_not_begin_at_16_bytes() -> None:
+    (_, odd) = WIDTHS
+    for launch in launches(torch.bfloat16, TILES[9, 2], odd):
+        strides = [
+            stride
+            for name in ("x_stride", "bank_stride", "row_stride", "column_stride", "unit_stride")
+            for stride in _as_tuple(launch.arguments.get(name, ()))
+        ]
+        assert all(stride % 16 == 0 for stride in strides)
+        assert strides or "COLUMNS" not in launch.constants
+
+
+def _as_tuple(value: object) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def test_faults_are_named() -> None:
     sound = Compiled("heads_sweep_kernel", 90, 200, 0, 1024, ("wgmma.mma_async",), False)
-    launch = launches(torch.float16, TILES[9, 2])[1]
+    launch = launches(torch.float16, TILES[9, 2], WIDTHS[0])[1]
     assert isinstance(launch, Launch)
-    assert "WIDTH" in launch.constants
+    assert "COLUMNS" in launch.constants
     assert faults("float16", launch, sound) == []
     spoilt = replace(sound, spilled=8, shared=2 * SHARED_LIMIT[90], tensor_core=(), atomics=True)
     words = faults("float16", launch, spoilt)

@@ -8,8 +8,6 @@ from fino_fast.kernels.tiles import TILES, forced
 from kernel_case import (
     TOLERANCE,
     check_heads,
-    close,
-    expected_head,
     head_call,
     inverse,
     random,
@@ -51,16 +49,10 @@ def test_heads_of_different_widths(device: torch.device) -> None:
     )
 
 
-def test_rows_and_banks_of_different_dtypes(device: torch.device) -> None:
+def test_banks_of_different_dtypes(device: torch.device) -> None:
     half = head_call("linear", 9, 20, 5, torch.bfloat16, seed=1)
-    check_heads(
-        [
-            half,
-            head_call("prototype", 9, 20, 40, torch.float32, seed=3),
-            replace(half, bank=half.bank.bfloat16()),
-        ],
-        device,
-    )
+    whole = head_call("linear", 9, 20, 5, torch.bfloat16, seed=3)
+    check_heads([half, replace(whole, bank=whole.bank.bfloat16())], device)
 
 
 def test_label_smoothing(device: torch.device) -> None:
@@ -84,10 +76,10 @@ def test_all_missing_is_zero_even_where_the_rows_are_not_finite(device: torch.de
         replace(c, x=x, target=torch.full_like(c.target, -1 if c.target.dim() == 1 else torch.nan))
         for c in calls
     ]
-    losses, metrics, *gradients = run_heads(calls, True, True, device)
+    losses, metrics, *gradients = run_heads(calls, device)
     assert losses.eq(0).all()
     assert metrics.eq(0).all()
-    assert all(g.eq(0).all() for some in gradients for g in some)
+    assert all(g is None or g.eq(0).all() for some in gradients for g in some)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -112,11 +104,10 @@ def test_a_bank_without_any_class(device: torch.device) -> None:
         bank=torch.zeros(4, 7),
         target=torch.full((5,), -1),
     )
-    for want in (True, False):
-        losses, metrics, grad_x, *_ = run_heads([call], want, want, device)
-        assert losses.item() == 0
-        assert metrics.item() == 0
-        assert grad_x[0].eq(0).all()
+    losses, metrics, grad_x, *_ = run_heads([call], device)
+    assert losses.item() == 0
+    assert metrics.item() == 0
+    assert grad_x[0].eq(0).all()
 
 
 def test_logits_of_ten_thousand(device: torch.device) -> None:
@@ -144,8 +135,7 @@ def test_the_first_of_equal_logits_is_the_prediction(device: torch.device) -> No
         call, bank=torch.zeros(70, 6), offset=torch.zeros(70), target=target,
         inv_count=inverse(target >= 0, torch.float32),
     )  # fmt: skip
-    for want in (True, False):
-        assert run_heads([call], want, False, device)[1].item() == pytest.approx(1 / 3)
+    assert run_heads([call], device)[1].item() == pytest.approx(1 / 3)
 
 
 def test_a_bank_split_among_programs(device: torch.device) -> None:
@@ -154,12 +144,7 @@ def test_a_bank_split_among_programs(device: torch.device) -> None:
         head_call("prototype", 3, 5, 200, torch.float64, seed=12),
         head_call("tanh", 3, 5, 40, torch.float64, seed=13),
     ]
-    losses, metrics, *gradients = run_heads(calls, False, False, device)
-    for f, call in enumerate(calls):
-        loss, metric, *_ = expected_head(call)
-        close(losses[f].cpu(), loss, torch.float64, size=1.0)
-        close(metrics[f].cpu(), metric, torch.float64, size=1.0)
-    assert all(g.numel() == 0 for some in gradients for g in some)
+    check_heads(calls, device)
 
 
 def test_tiles_of_a_gpu(device: torch.device) -> None:

@@ -11,10 +11,13 @@ import torch
 from fino_fast.kernels.contrastive_backward import contrastive_backward
 from fino_fast.kernels.contrastive_forward import contrastive_forward
 from fino_fast.kernels.launch import Launch, intercepted, run
+from fino_fast.kernels.operands import Request, operands
 from fino_fast.kernels.page import write_between
-from fino_fast.kernels.roofline import Cost, sweep, table
+from fino_fast.kernels.roofline import Cost, copied, gradient_sweep, sweep, table
 from fino_fast.kernels.tiles import INTERPRETER_TILES as TILES
 from kernel_case import head_call, random, run_heads
+
+from fino_fast.terms import Kind
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -77,15 +80,30 @@ def test_contrastive(counted: Counted) -> None:
     p, one = random(N, DEPTH, dtype=torch.float32, seed=0), torch.ones(())
     _, lse = contrastive_forward(p, p, one, 2, 0, False)
     contrastive_backward(one, p, p, one, lse, lse, 2, 0, False)
-    for name, gradient in (("forward", False), ("backward", True)):
-        expected = sweep(N, N, DEPTH, TILE, (4, 4), TILES, gradient)
-        counted.check(f"contrastive_{name}_kernel", expected)
+    counted.check("contrastive_forward_kernel", sweep(N, N, DEPTH, TILE, 4, TILES.depth))
+    counted.check(
+        "contrastive_backward_kernel", gradient_sweep(N, N, DEPTH, TILE, 4, TILES, written=4)
+    )
 
 
-def test_heads(counted: Counted, device: torch.device) -> None:
-    run_heads([head_call("linear", N, DEPTH, M, torch.float32)], True, True, device)
-    counted.check("heads_sweep_kernel", sweep(N, M, DEPTH, TILE, (4, 4), TILES, True))
-    counted.check("heads_finish_kernel", sweep(M, N, DEPTH, TILE, (4, 4), TILES, True))
+@pytest.mark.parametrize("kind", ["linear", "prototype"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads(kind: Kind, dtype: torch.dtype, counted: Counted, device: torch.device) -> None:
+    call = head_call(kind, N, DEPTH, M, dtype)
+    run_heads([call], device)
+    size = dtype.itemsize
+    counted.check("heads_sweep_kernel", sweep(N, M, DEPTH, TILE, size, TILES.depth))
+    counted.check("heads_rows_kernel", gradient_sweep(N, M, DEPTH, TILE, size, TILES, written=4))
+    if kind == "linear":
+        back = gradient_sweep(M, N, DEPTH, TILE, size, TILES, written=4, parts=N // TILES.rows)
+        counted.check("heads_banks_kernel", back)
+
+
+def test_conversion(counted: Counted, device: torch.device) -> None:
+    operands([Request(random(M, DEPTH, dtype=torch.float32, seed=0).to(device))], torch.float16)
+    assert counted.flops == {}
+    expected = copied(M * DEPTH, (4, 2)).moved
+    assert expected / 1.15 <= counted.moved["operands_kernel"] <= 1.15 * expected
 
 
 def test_the_page_has_the_table() -> None:
