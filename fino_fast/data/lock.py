@@ -60,14 +60,18 @@ def locked(lock: Location, what: str, wait: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _file_locked(lock: Path, what: str, wait: bool) -> Iterator[None]:
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise DataError(
-                f"{lock.parent}: {what} is writing there; wait until it ends"
-            ) from error
-        yield
+    while True:
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                raise DataError(
+                    f"{lock.parent}: {what} is writing there; wait until it ends"
+                ) from error
+            # Whoever held it may have removed the file: then this lock is on nothing.
+            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                yield
+                return
 
 
 class _Lease:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from fino_fast.errors import ConfigError
 from . import checkpoint as checkpoints
 from .backbone import WeightsReport
 from .build import build_loader, build_start, build_student, settle_normalisation
+from .claim import LOCK, claimed
 from .config import TrainConfig, check_same
 from .factors import build_factors
 from .interrupt import StopRequest, TrainingInterrupted
@@ -53,11 +55,17 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
     Raises:
         ConfigError: the configuration cannot be used, the output folder is taken, or a resumed run
             is configured differently.
-        DataError: shards or checkpoint are damaged, or are not those of the run.
+        DataError: shards or checkpoint are damaged, or are not those of the run; or another
+            training is writing to its folder.
         DivergedError: loss or gradient is not finite.
         TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was written first.
     """
-    with join_world(config.device) as world, torch.random.fork_rng(world.gpus):
+    with ExitStack() as stack:
+        world = stack.enter_context(join_world(config.device))
+        stack.enter_context(torch.random.fork_rng(world.gpus))
+        if resume:
+            checkpoints.latest(config.output)  # or there is nothing to claim
+        stack.enter_context(claimed(config.output, world))
         newest = checkpoints.latest(config.output) if resume else None
         if newest is None:
             check_free(config.output)
@@ -120,16 +128,12 @@ def check_free(output: Path) -> None:
     Raises:
         ConfigError: there is something in it already.
     """
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise ConfigError(f"output {output}: is a file; expected a folder")
     if checkpoints.checkpoints(output):
         raise ConfigError(
             f"output {output}: holds a run; continue it with --resume (resume=True), or choose "
             "another output"
         )
-    if any(output.iterdir()):
+    if any(path.name != LOCK for path in output.iterdir()):
         raise ConfigError(
             f"output {output}: is not empty and has no checkpoint to resume from; remove it or "
             "choose another output"
@@ -137,16 +141,17 @@ def check_free(output: Path) -> None:
 
 
 def begin_run(config: TrainConfig, report: WeightsReport | None) -> None:
-    """Make the run's folder and write down what it starts from.
+    """Write down what a run starts from.
 
     Raises:
-        ConfigError: the folder cannot be made.
+        ConfigError: its folder cannot be written to.
     """
     try:
-        config.output.mkdir(parents=True, exist_ok=True)
         write_json(config.output / "config.json", config.model_dump(mode="json"))
     except OSError as error:
-        raise ConfigError(f"output {config.output}: cannot be made: {error.strerror}") from error
+        raise ConfigError(
+            f"output {config.output}: cannot be written to: {error.strerror}"
+        ) from error
     if report is None:
         log.info("the backbone starts from random weights")
     else:

@@ -25,7 +25,9 @@ from fino_fast.errors import ConfigError, DataError, FinoError
 from fino_fast.train import TrainingInterrupted, train
 from fino_fast.train.backbone import build_backbone
 from fino_fast.train.checkpoint import checkpoints, load_backbone, path_of
+from fino_fast.train.claim import claimed
 from fino_fast.train.learner import DivergedError, Learner
+from fino_fast.train.world import World
 
 from .runs import (
     STEPS,
@@ -116,6 +118,7 @@ def test_a_checkpoint_has_schema_vocabularies_and_configuration(
         ".safetensors",
         ".json",
         ".jsonl",
+        ".lock",
     }
 
 
@@ -390,6 +393,46 @@ def test_shards_that_moved_into_a_store(
     path = write_yaml(config, tmp_path / "config.yaml")
     assert main(["train", str(path), "--resume"]) == 0
     assert differing(path_of(started_run, STEPS), path_of(whole_run, STEPS)) == []
+
+
+def test_a_second_training_on_one_folder_is_refused(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first one is in its third step: a new one, and a continuation. (That a killed run's
+    folder is free again is shown by the test of killed runs.)"""
+    config = run_config(shards, tmp_path / "run", checkpoint_every=1)
+    original = Learner.step
+    refused = []
+
+    def interfering(self: Learner, index: int, *batch: Any) -> Any:
+        if index == 2 and not refused:
+            for resume in (False, True):
+                refused.append(resume)
+                with pytest.raises(DataError, match="run: another training is writing there"):
+                    train(config, resume=resume)
+        return original(self, index, *batch)
+
+    monkeypatch.setattr(Learner, "step", interfering)
+    train(config)
+    assert refused == [False, True]
+    assert len(rows(config.output)) == STEPS
+
+
+def test_every_rank_hears_that_the_folder_is_taken(tmp_path: Path) -> None:
+    """Rank 1 does not wait for a rank 0 that has given up."""
+
+    class Told(World):
+        def largest(self, value: int) -> int:
+            return 1
+
+    cpu = torch.device("cpu")
+    with (
+        pytest.raises(DataError, match="rank 0 could not take it"),
+        claimed(tmp_path, Told(1, 2, cpu)),
+    ):
+        pass
+    with claimed(tmp_path, World(0, 1, cpu)), pytest.raises(DataError, match="another training"):
+        claimed(tmp_path, Told(0, 2, cpu)).__enter__()
 
 
 def test_damaged_samples_end_a_run_or_are_skipped_and_listed(
