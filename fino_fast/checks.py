@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .factors import Categorical, Factor
+from .factors import Categorical, Continuous, Factor
 
 
 def stacked(
@@ -55,7 +55,7 @@ def stacked(
 
 
 def metadata_of(
-    factor: Factor, metadata: Mapping[str, Tensor], images: int, device: torch.device
+    factor: Factor, metadata: Mapping[str, Tensor], views: int, images: int, device: torch.device
 ) -> Tensor:
     """The metadata of one factor, where key, length, dtype and device are right.
 
@@ -75,11 +75,13 @@ def metadata_of(
     else:
         if not value.is_floating_point():
             raise ValueError(f"{who}: continuous values are floating-point, found {value.dtype}")
-        shapes = [[images, factor.dim]] + [[images]] * (factor.dim == 1)
+        shapes = [[images, factor.dim], [views, images, factor.dim]]
+        if factor.dim == 1:
+            shapes += [[images], [views, images]]
     if list(value.shape) not in shapes:
         raise ValueError(
-            f"{who}: expected the shape {' or '.join(map(str, shapes))} for {images} images, "
-            f"found {list(value.shape)}"
+            f"{who}: expected the shape {' or '.join(map(str, shapes))} for {images} images in "
+            f"{views} views, found {list(value.shape)}"
         )
     if value.device != device:
         raise ValueError(f"{who}: it is on {value.device}, the embeddings are on {device}")
@@ -100,6 +102,8 @@ def values_of(factor: Factor, value: Tensor) -> None:
         bad = value.isinf()
         expected = "values are finite, or NaN (missing)"
     if bad.any():
+        if isinstance(factor, Continuous) and value.shape[1:] != (factor.dim,) and value.dim() > 1:
+            bad, value = (x.reshape(-1, factor.dim) for x in (bad, value))  # one entry a row
         row = int(bad.reshape(value.shape[0], -1).any(1).nonzero()[0])
         found = value[row].tolist()
         raise ValueError(f"metadata of factor {factor.name!r}: {expected}; row {row} has {found}")

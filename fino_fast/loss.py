@@ -16,6 +16,7 @@ from .heads import Heads, LinearHead, PrototypeHead, build_head
 from .reference import (
     accumulation_dtype,
     balance_scales,
+    rows_of,
     scale_gradient,
     scaled_target,
     trainable_target,
@@ -165,7 +166,8 @@ class FinoLoss(nn.Module):
         Args:
             embeddings: [V, B, D], or a sequence of V tensors [B, D].
             metadata: factor name → [B] int64 (−1 missing), or [B] / [B, d] float (NaN missing).
-                Extra keys are ignored.
+                Where a continuous value differs from view to view (what a crop changes), [V, B] /
+                [V, B, d]. Extra keys are ignored.
             projections: [V, B, P], rows of the contrastive term; None takes the embeddings.
             teacher: [V', B, D], rows of the bank updates; None takes the embeddings.
             return_terms: return the terms too.
@@ -183,7 +185,7 @@ class FinoLoss(nn.Module):
         stacked = checks.stacked("embeddings", embeddings, dim=self.dim)
         views, images, _ = stacked.shape
         z = stacked.flatten(0, 1)
-        values = self._checked_metadata(metadata, images, z.device)
+        values = self._checked_metadata(metadata, views, images, z.device)
         p = z
         if projections is not None:
             p = checks.stacked("projections", projections, views, images).flatten(0, 1)
@@ -199,18 +201,18 @@ class FinoLoss(nn.Module):
             terms["contrastive"] = term.detach()
             total = total + self.contrastive_weight * term
         if self.factors:
-            total = total + self._guides(z, values, views, dtype, terms)
-            total = total + self._orthogonal(z, values, views, dtype, terms)
+            total = total + self._guides(z, values, dtype, terms)
+            total = total + self._orthogonal(z, values, dtype, terms)
         terms["lambda"] = self.guidance.detach().clone()
         if self.training:
             self._update_banks(stacked.detach() if teacher is None else teacher, values)
         return (total, terms) if return_terms else total
 
     def _checked_metadata(
-        self, metadata: Mapping[str, Tensor], images: int, device: torch.device
+        self, metadata: Mapping[str, Tensor], views: int, images: int, device: torch.device
     ) -> dict[str, Tensor]:
         values = {
-            factor.name: checks.metadata_of(factor, metadata, images, device)
+            factor.name: checks.metadata_of(factor, metadata, views, images, device)
             for factor in self.factors
         }
         if not torch.compiler.is_compiling() and (device.type == "cpu" or self.validate):
@@ -242,7 +244,7 @@ class FinoLoss(nn.Module):
         return _whole(share)
 
     def _guides(
-        self, z: Tensor, values: dict[str, Tensor], views: int, dtype: torch.dtype, terms: Terms
+        self, z: Tensor, values: dict[str, Tensor], dtype: torch.dtype, terms: Terms
     ) -> Tensor:
         """Σ_f s_f · weight_f · L_f; enters L_f and its metric into `terms`."""
         # The backward pass may come after the next set_progress.
@@ -253,7 +255,7 @@ class FinoLoss(nn.Module):
         calls, pullbacks = [], []
         for factor in self.factors:
             call, pullback = self._head_call(
-                factor, z, values[factor.name], views, dtype, guidance[factor.role]
+                factor, z, values[factor.name], dtype, guidance[factor.role]
             )
             calls.append(call)
             pullbacks.append(pullback)
@@ -275,13 +277,12 @@ class FinoLoss(nn.Module):
         factor: Factor,
         z: Tensor,
         value: Tensor,
-        views: int,
         dtype: torch.dtype,
         guidance: Tensor,
     ) -> tuple[HeadCall, Pullback]:
         head = self.heads[factor.name]
         if isinstance(head, PrototypeHead):
-            target = trainable_target(value, head.counts).repeat(views)
+            target = rows_of(trainable_target(value, head.counts), z)
             inv_count = _inverse(sum_over_ranks((target >= 0).sum()), dtype)
             call = HeadCall(
                 "prototype", z, head.centroids, head.temperatures, target, inv_count, 0,
@@ -301,11 +302,11 @@ class FinoLoss(nn.Module):
         kind: Kind
         if isinstance(factor, Continuous):
             kind, smoothing = factor.activation, 0.0
-            target = scaled_target(factor, value, dtype).repeat(views, 1)
+            target = rows_of(scaled_target(factor, value, dtype), z)
             valid = ~target.isnan()
         else:
             kind, smoothing = "linear", factor.label_smoothing
-            target = value.repeat(views)
+            target = rows_of(value, z)
             valid = target >= 0
         inv_count = _inverse(sum_over_ranks(valid.sum()), dtype)
         call = HeadCall(
@@ -334,7 +335,7 @@ class FinoLoss(nn.Module):
         return balance_scales(self.balance_norms)
 
     def _orthogonal(
-        self, z: Tensor, values: dict[str, Tensor], views: int, dtype: torch.dtype, terms: Terms
+        self, z: Tensor, values: dict[str, Tensor], dtype: torch.dtype, terms: Terms
     ) -> Tensor:
         """Σ_f orthogonal_f · R_f; enters R_f into `terms`."""
         total = z.new_zeros((), dtype=dtype)
@@ -346,7 +347,7 @@ class FinoLoss(nn.Module):
             value = values[factor.name]
             if isinstance(factor, Continuous):
                 value = scaled_target(factor, value, dtype)
-            rows = value.repeat(views, *[1] * (value.dim() - 1))
+            rows = rows_of(value, z)
             with torch.autocast(z.device.type, enabled=False):
                 term = resolve(self.backend, z.device).orthogonal(
                     scale_gradient(z, guidance), rows, factor.role

@@ -149,14 +149,31 @@ def squared_error(
 
 
 def scaled_target(factor: Continuous, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Targets of a continuous factor in the units of its head: (y − offset)·scale. [B, d]."""
-    values = values.reshape(values.shape[0], factor.dim)
+    """Targets of a continuous factor in the units of its head: (y − offset)·scale.
+
+    Args:
+        values: [B] or [B, d]; [V, B] or [V, B, d] where each view has its own.
+
+    Returns:
+        [B, d], or [V·B, d], view-major.
+    """
+    values = values.reshape(-1, factor.dim)
     offset, scale = factor.affine
     # fp64 until the subtraction is done: a time stamp in seconds does not fit fp32.
     wide = (values.double() - values.new_tensor(offset, dtype=torch.float64)) * values.new_tensor(
         scale, dtype=torch.float64
     )
     return wide.to(dtype)
+
+
+def rows_of(values: Tensor, z: Tensor) -> Tensor:
+    """Metadata of every row of z, view-major: those of the images repeated for each view.
+
+    Args:
+        values: [B, …] one entry an image, or [V·B, …] one a row already.
+        z: [V·B, D].
+    """
+    return values.repeat(z.shape[0] // values.shape[0], *[1] * (values.dim() - 1))
 
 
 def orthonormal_design(values: Tensor, valid: Tensor) -> Tensor:
@@ -304,7 +321,8 @@ def fino_loss(
 
     Args:
         embeddings: [V, B, D].
-        metadata: factor name → [B] int64 (−1 missing) or [B]/[B, d] float (NaN missing).
+        metadata: factor name → [B] int64 (−1 missing) or [B]/[B, d] float (NaN missing), where
+            each view has its own value [V, B]/[V, B, d].
         factors: the descriptions; `hidden` must be empty.
         heads: factor name → `weight`, `bias`, or `centroids`, `temperatures`, `counts`.
         contrastive: None leaves the term out.
@@ -333,11 +351,11 @@ def fino_loss(
         sign = 1.0 if factor.role == "preserve" else -1.0
         z_f = scale_gradient(z, z.new_tensor(sign * guidance, dtype=dtype))
         if isinstance(factor, Continuous):
-            y = scaled_target(factor, metadata[name], dtype).repeat(views, 1)
+            y = rows_of(scaled_target(factor, metadata[name], dtype), z)
             loss, _ = squared_error(z_f, head["weight"], head["bias"], y, factor.activation)
             count = (~y.isnan()).sum()
         else:
-            y = metadata[name].repeat(views)
+            y = rows_of(metadata[name], z)
             if factor.head == "prototype":
                 target = trainable_target(y, head["counts"])
                 loss, _ = prototype_cross_entropy(

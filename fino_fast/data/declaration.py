@@ -1,5 +1,6 @@
 """`schema.yaml`: what a person declares about the table, before anything was read."""
 
+import operator
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -58,12 +59,17 @@ class ContinuousDeclaration(_Declared):
     """Lower bound, one for all columns or one each; a value below it is an error."""
     high: float | list[float] | None = Field(default=None, allow_inf_nan=False)
     """Upper bound, one for all columns or one each; a value above it is an error."""
+    # Left out of the frozen schema where it is not set: hashes of earlier declarations hold.
+    per_pixel_scale: bool = Field(default=False, exclude_if=operator.not_)
+    """The number is a length per pixel (µm per pixel): training corrects it by each view's crop."""
 
     @model_validator(mode="after")
     def _bounds_fit(self) -> Self:
         if (self.low is None) != (self.high is None):
             raise ValueError("give both low and high, or neither")
         width = len(self.columns or [""])
+        if self.per_pixel_scale and width > 1:
+            raise ValueError("per_pixel_scale is for one number, the same in both directions")
         for name in ("low", "high"):
             bound = getattr(self, name)
             if isinstance(bound, list) and len(bound) != width:

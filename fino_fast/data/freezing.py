@@ -142,6 +142,12 @@ def _useless(name: str, factor: Factor, adaptation: str) -> str | None:
             f"factor {name!r} ({factor.role}) has a column without any value in the split "
             f"{adaptation!r}; leave the column out"
         )
+    if factor.per_pixel_scale:
+        # A constant one is useful: the crops make it differ.
+        least = factor.moments.minimum[0] if factor.moments else 0.0
+        if least > 0:
+            return None
+        return f"factor {name!r} is a length per pixel, so above 0; the least value is {least}"
     if factor.moments is not None:
         constant = [
             low == high

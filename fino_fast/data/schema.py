@@ -86,6 +86,12 @@ class Factor(StrictModel):
                 return 1
 
     @property
+    def per_pixel_scale(self) -> bool:
+        """Whether it is a length per pixel, which the crop of a view changes."""
+        declaration = self.declaration
+        return isinstance(declaration, ContinuousDeclaration) and declaration.per_pixel_scale
+
+    @property
     def mean(self) -> list[float]:
         """Mean of each encoded column over the adaptation split."""
         if self.moments is not None:

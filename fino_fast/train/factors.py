@@ -1,6 +1,7 @@
 """From the schema's factors to the loss's: what the data declare, amended by the configuration."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fino_fast.data.schema import Factor, Schema
@@ -14,8 +15,20 @@ CATEGORICAL_ONLY = {"head", "label_smoothing", "temperature", "momentum", "conce
 CONTINUOUS_ONLY = {"activation"}
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What a continuous factor's targets are scaled by, one number a column."""
+
+    mean: list[float]
+    std: list[float]
+    low: list[float]
+    high: list[float]
+
+
 def build_factors(
-    schema: Schema, overrides: Mapping[str, FactorOverride]
+    schema: Schema,
+    overrides: Mapping[str, FactorOverride],
+    statistics: Mapping[str, Statistics] | None = None,
 ) -> list[Categorical | Continuous]:
     """The guides of a run: every factor whose role is `preserve` or `suppress`, in schema order.
 
@@ -23,6 +36,11 @@ def build_factors(
     mean and standard deviation (activation `identity`, the default of `preserve`) or by its bounds
     (`sigmoid`, the default of `suppress`, and `tanh`). Cyclic factors are regressed as (sin, cos)
     by `tanh`, several values in one cell as indicators by `sigmoid`.
+
+    Args:
+        schema: of the shards.
+        overrides: factor name → what the configuration changes.
+        statistics: factor name → what to scale by instead of the schema's statistics.
 
     Raises:
         ConfigError: an override names no factor of the schema, does not fit the factor's kind, or
@@ -47,14 +65,16 @@ def build_factors(
                 )
             continue
         try:
-            guides.append(build_factor(name, declared, role, options))
+            of_images = Statistics(declared.mean, declared.std, declared.low, declared.high)
+            scaled_by = (statistics or {}).get(name, of_images)
+            guides.append(build_factor(name, declared, role, options, scaled_by))
         except ValueError as error:
             raise ConfigError(f"factors.{name}: {error}") from error
     return guides
 
 
 def build_factor(
-    name: str, declared: Factor, role: Role, options: dict[str, Any]
+    name: str, declared: Factor, role: Role, options: dict[str, Any], scaled_by: Statistics
 ) -> Categorical | Continuous:
     categorical = declared.kind == "categorical"
     if misfits := options.keys() & (CONTINUOUS_ONLY if categorical else CATEGORICAL_ONLY):
@@ -63,9 +83,9 @@ def build_factor(
         return Categorical(name, len(declared.vocabulary), role=role, **options)
     options.setdefault("activation", default_activation(declared, role))
     if options["activation"] == "identity":
-        options |= {"mean": declared.mean, "std": declared.std}
+        options |= {"mean": scaled_by.mean, "std": scaled_by.std}
     else:
-        options |= {"low": declared.low, "high": declared.high}
+        options |= {"low": scaled_by.low, "high": scaled_by.high}
     return Continuous(name, declared.width, role=role, **options)
 
 

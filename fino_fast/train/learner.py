@@ -75,7 +75,7 @@ class Learner:
         Args:
             step: 0 … total − 1.
             views: tensors [V, B, C, H, W], one for each image size, the global views first.
-            metadata: factor name → [B] or [B, d].
+            metadata: factor name → [B] or [B, d], or [V, B] where views differ.
 
         Returns:
             `loss`, the terms of `FinoLoss`, `grad_norm` (before clipping) and `lr`.

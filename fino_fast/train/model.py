@@ -47,7 +47,7 @@ class Student(nn.Module):
 
         Args:
             views: tensors [V, B, C, H, W], one for each image size.
-            metadata: factor name → [B] or [B, d].
+            metadata: factor name → [B] or [B, d], or [V, B] where views differ.
             teacher: the teacher's embeddings [V', B, D], or None.
         """
         embeddings = embed(self.backbone, views)

@@ -15,13 +15,14 @@ from fino_fast.errors import ConfigError
 
 from . import checkpoint as checkpoints
 from .backbone import WeightsReport
-from .build import build_loader, build_start, build_student, settle_normalisation
+from .build import build_loader, build_start, build_student, settle_normalisation, split_of
 from .claim import LOCK, claimed
 from .config import TrainConfig, check_same
 from .factors import build_factors
 from .interrupt import StopRequest, TrainingInterrupted
 from .learner import Learner
 from .metrics import Record
+from .scale import metadata_in_views, statistics_in_views
 from .schedule import Schedule
 from .skips import SkipList
 from .world import join_world
@@ -71,7 +72,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
             check_free(config.output)
         shards = ShardSet.open(config.data)
         config = settle_normalisation(config, shards)
-        factors = build_factors(shards.schema, config.factors)
+        seen = statistics_in_views(shards, split_of(config, shards), config.views, config.seed)
+        factors = build_factors(shards.schema, config.factors, seen)
+        per_pixel = [factor.name for factor in factors if factor.name in seen]
         loader = build_loader(config, shards, [factor.name for factor in factors], world)
         schedule = Schedule.of_shares(
             config.epochs * loader.steps_per_epoch,
@@ -90,7 +93,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainResult:
         skips = SkipList(config.output, start, world) if config.on_error == "skip" else None
         with StopRequest() as stop, Record(config, schedule.total, start, world.rank) as record:
             for step, batch in record.waiting(batches(loader, start, schedule.total)):
-                terms = learner.step(step, views_of(batch), batch.metadata)
+                metadata = metadata_in_views(batch, config.views, per_pixel)
+                terms = learner.step(step, views_of(batch), metadata)
                 done = step + 1
                 if skips is not None:
                     terms["skipped"] = skips.note(done, batch.skipped)
