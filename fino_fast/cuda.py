@@ -23,17 +23,15 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(_FILES[0]))
 
 
-def _call(name: str, *arguments: Tensor | int | float | bool) -> None:
-    """Launch on the current stream of the first argument's device.
+def _call(name: str, device: torch.device, *arguments: Any) -> None:
+    """Launch on the current stream of `device`.
 
     Raises:
         RuntimeError: CUDA refuses the launch.
     """
-    first = arguments[0]
-    assert isinstance(first, Tensor)
     converted = [_converted(value) for value in arguments]
-    if first.is_cuda:
-        with torch.cuda.device(first.device):
+    if device.type == "cuda":
+        with torch.cuda.device(device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             error = getattr(_library(), name)(*converted, stream)
     else:
@@ -42,12 +40,10 @@ def _call(name: str, *arguments: Tensor | int | float | bool) -> None:
         raise RuntimeError(f"{name}: CUDA error {error} at the launch")
 
 
-def _converted(value: Tensor | int | float | bool) -> Any:
+def _converted(value: Any) -> Any:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, bool):
-        return ctypes.c_bool(value)
-    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else value
 
 
 @torch.library.custom_op("fino::group_means", mutates_args=())
@@ -62,7 +58,7 @@ def group_means(z: Tensor, order: Tensor, labels: Tensor) -> Tensor:
         [N, D].
     """
     z, out = z.contiguous(), torch.empty_like(z, memory_format=torch.contiguous_format)
-    _call("fino_group_means", z, order, labels, z.shape[0], z.shape[1], out)
+    _call("fino_group_means", z.device, z, order, labels, z.shape[0], z.shape[1], out)
     return out
 
 
@@ -83,31 +79,51 @@ def _means_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
 group_means.register_autograd(_means_backward, setup_context=_means_context)
 
 
+class _Bank(ctypes.Structure):
+    """FinoBank of csrc/cuda/launch.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in
+          ("order", "labels", "centroids", "temperatures", "counts", "scratch")),
+        ("classes", ctypes.c_int64),
+        ("momentum", ctypes.c_float),
+        ("unit_norm", ctypes.c_bool),
+    )  # fmt: skip
+
+
 @torch.library.custom_op("fino::bank_update", mutates_args=("centroids", "temperatures", "counts"))
 def bank_update(
-    centroids: Tensor,
-    temperatures: Tensor,
-    counts: Tensor,
+    centroids: list[Tensor],
+    temperatures: list[Tensor],
+    counts: list[Tensor],
     teacher: Tensor,
     order: Tensor,
     labels: Tensor,
-    momentum: float,
-    unit_norm: bool,
+    momentum: list[float],
+    unit_norm: list[bool],
 ) -> None:
-    """Move a prototype bank towards the rows of one view (`heads.PrototypeHead.update`).
+    """Move prototype banks towards the rows of all views, in one launch (`heads.update_banks`).
 
     Args:
-        centroids: [K, D] fp32; temperatures: [K] fp32; counts: [K] int64: the bank.
-        teacher: [N, D] fp32.
-        order, labels: as in `group_means`; −1 takes no part.
-        momentum: m.
-        unit_norm: `concentration="fixed"`.
+        centroids: [K_f, D] fp32; temperatures: [K_f] fp32; counts: [K_f] int64: bank f.
+        teacher: [V, N, D] fp32.
+        order, labels: [F, N]; row f as in `group_means`; −1 takes no part.
+        momentum: m of every bank.
+        unit_norm: `concentration="fixed"`, of every bank.
     """
-    teacher = teacher.contiguous()
-    _call(
-        "fino_bank_update", teacher, order, labels, *teacher.shape, centroids.shape[0],
-        float(momentum), unit_norm, centroids, temperatures, counts, torch.empty_like(teacher),
+    teacher, order, labels = teacher.contiguous(), order.contiguous(), labels.contiguous()
+    scratch = teacher.new_empty(len(centroids), *teacher.shape[1:])
+    banks = (_Bank * len(centroids))(
+        *(
+            _Bank(
+                order[f].data_ptr(), labels[f].data_ptr(), centroids[f].data_ptr(),
+                temperatures[f].data_ptr(), counts[f].data_ptr(), scratch[f].data_ptr(),
+                centroids[f].shape[0], momentum[f], unit_norm[f],
+            )
+            for f in range(len(centroids))
+        )
     )  # fmt: skip
+    _call("fino_bank_update", teacher.device, banks, len(centroids), teacher, *teacher.shape)
 
 
 @bank_update.register_fake

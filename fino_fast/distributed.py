@@ -22,6 +22,27 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def check_images(images: int, device: torch.device) -> None:
+    """Every rank must bring the same number of images: the gathers below rely on it.
+
+    It is a collective, and the host waits for its answer.
+
+    Raises:
+        ValueError: they differ; on every rank, with all numbers.
+    """
+    if world_size() == 1:
+        return
+    mine = torch.tensor([images], device=device)
+    counts = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(counts, mine)
+    found = torch.cat(counts).tolist()
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"every rank must have the same number of images, found by rank {found}; leave out the "
+            "last incomplete batch (drop_last=True), or share its images out evenly"
+        )
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Sum of a tensor over all ranks; without gradient."""
     value = value.detach()

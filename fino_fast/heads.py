@@ -97,21 +97,11 @@ class PrototypeHead(nn.Module):
             teacher: [V', B, D].
             labels: [B] int64; −1 is missing.
         """
-        views = teacher.shape[0]
-        rows = gather_views(teacher.detach().flatten(0, 1), views)
-        gathered = gather_views(labels, 1)
-        for view in rows.view(views, -1, rows.shape[-1]).unbind(0):
-            self._update_view(view, gathered)
+        update_banks([self], teacher, [labels])
 
-    def _update_view(self, rows: Tensor, labels: Tensor) -> None:
+    def update_view(self, rows: Tensor, labels: Tensor) -> None:
+        """Move the bank towards the rows of one view of all ranks. [N, D], [N]."""
         m = self.factor.momentum
-        if cuda.serves(self.centroids, rows):
-            ordered, order = torch.sort(labels, stable=True)
-            cuda.bank_update(
-                self.centroids, self.temperatures, self.counts, rows.float(), order, ordered, m,
-                self.factor.concentration == "fixed",
-            )  # fmt: skip
-            return
         unit = normalize(rows.to(accumulation_dtype(rows.dtype)))
         valid = (labels >= 0) & unit.isfinite().all(1)
         # Fixed shapes: every row writes the new state of its class; rows of one class write the
@@ -139,6 +129,37 @@ class PrototypeHead(nn.Module):
         new = torch.where((size > 0)[:, None], new, old)
         self.centroids[classes] = new.to(self.centroids.dtype)
         self.counts[classes] = counts + size.to(torch.int64)
+
+
+@torch.no_grad()
+def update_banks(heads: list[PrototypeHead], teacher: Tensor, labels: list[Tensor]) -> None:
+    """`PrototypeHead.update` of several heads; on a GPU in one launch for all of them.
+
+    Args:
+        heads: at least one.
+        teacher: [V', B, D].
+        labels: [B] int64 for every head.
+    """
+    views = teacher.shape[0]
+    rows = gather_views(teacher.detach().flatten(0, 1), views).view(views, -1, teacher.shape[-1])
+    of_head = gather_views(torch.stack(labels, 1), 1).unbind(1)
+    fused = [f for f, head in enumerate(heads) if cuda.serves(head.centroids, rows)]
+    if fused:
+        ordered, order = torch.sort(torch.stack([of_head[f] for f in fused]), stable=True)
+        cuda.bank_update(
+            [heads[f].centroids for f in fused],
+            [heads[f].temperatures for f in fused],
+            [heads[f].counts for f in fused],
+            rows.float(),
+            order,
+            ordered,
+            [heads[f].factor.momentum for f in fused],
+            [heads[f].factor.concentration == "fixed" for f in fused],
+        )
+    for f, head in enumerate(heads):
+        if f not in fused:
+            for view in rows.unbind(0):
+                head.update_view(view, of_head[f])
 
 
 Head = LinearHead | PrototypeHead

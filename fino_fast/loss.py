@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from . import checks
 from .backends import BackendName, prepare, resolve
-from .distributed import sum_over_ranks, world_size
+from .distributed import check_images, sum_over_ranks, world_size
 from .factors import Categorical, Continuous, Factor, InfoNCE, LambdaSchedule
 from .frozen import frozen
-from .heads import Heads, LinearHead, PrototypeHead, build_head
+from .heads import Heads, LinearHead, PrototypeHead, build_head, update_banks
 from .reference import (
     accumulation_dtype,
     balance_scales,
@@ -84,6 +84,7 @@ class FinoLoss(nn.Module):
         self.dim, self.contrastive, self.contrastive_weight = dim, contrastive, contrastive_weight
         self.schedule, self.balance, self.backend = schedule, balance, backend
         self.validate = validate
+        self._ranks_checked = False
         self._check_factors()
 
         if contrastive is not None:
@@ -179,12 +180,15 @@ class FinoLoss(nn.Module):
 
         Raises:
             ValueError: a wrong shape or dtype, a missing key, a category out of range, an infinite
-                value, or one view with a contrastive term; the message names the factor.
+                value, or one view with a contrastive term; the message names the factor. Ranks with
+                different numbers of images, on all of them (on a GPU in the first step, or with
+                `validate=True`).
             BackendUnavailableError: the backend asked for by name cannot serve these tensors.
         """
         stacked = checks.stacked("embeddings", embeddings, dim=self.dim)
         views, images, _ = stacked.shape
         z = stacked.flatten(0, 1)
+        self._check_ranks(images, z.device)
         values = self._checked_metadata(metadata, views, images, z.device)
         p = z
         if projections is not None:
@@ -219,6 +223,15 @@ class FinoLoss(nn.Module):
             for factor in self.factors:
                 checks.values_of(factor, values[factor.name])
         return values
+
+    def _check_ranks(self, images: int, device: torch.device) -> None:
+        # Where the host would have to wait for the device, the first step must do.
+        if torch.compiler.is_compiling() or (
+            device.type != "cpu" and self._ranks_checked and not self.validate
+        ):
+            return
+        check_images(images, device)
+        self._ranks_checked = True
 
     def _check_views(self, views: int) -> None:
         if self.contrastive is None:
@@ -357,9 +370,11 @@ class FinoLoss(nn.Module):
         return total
 
     def _update_banks(self, teacher: Tensor, values: dict[str, Tensor]) -> None:
-        for name, head in self.heads.items():
-            if isinstance(head, PrototypeHead):
-                head.update(teacher, values[name])
+        banks = {
+            name: head for name, head in self.heads.items() if isinstance(head, PrototypeHead)
+        }
+        if banks:
+            update_banks(list(banks.values()), teacher, [values[name] for name in banks])
 
 
 def _inverse(count: Tensor, dtype: torch.dtype) -> Tensor:

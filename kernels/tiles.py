@@ -59,10 +59,10 @@ TILES = {
     (8, 4): Tiles(64, 32, 32, 32, 32, 256, Compiler(8, 2)),
     (8, 8): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
     (9, 2): Tiles(128, 128, 64, 64, 64, 512, Compiler(8, 3)),
-    (9, 4): Tiles(64, 32, 32, 32, 32, 256, Compiler(8, 2)),
+    (9, 4): Tiles(64, 32, 32, 16, 32, 256, Compiler(8, 2)),
     (9, 8): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
     (10, 2): Tiles(128, 64, 64, 64, 64, 512, Compiler(8, 3)),
-    (10, 4): Tiles(64, 32, 32, 32, 32, 256, Compiler(8, 2)),
+    (10, 4): Tiles(64, 32, 32, 16, 32, 256, Compiler(8, 2)),
     (10, 8): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
 }
 # Programs among which the tiles of a gradient are shared out: each has room for the coefficients of

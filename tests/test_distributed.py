@@ -127,6 +127,17 @@ def run(model: nn.Module, case: Case, spread: bool) -> list[dict[str, Tensor]]:
     return records
 
 
+def refusal(rank: int) -> str:
+    """What FinoLoss says where the first rank has an image more than the others."""
+    images = 3 + (rank == 0)
+    criterion = FinoLoss(DIM, contrastive=InfoNCE(0.2), backend="eager")
+    try:
+        criterion(torch.randn(2, images, DIM), {})
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
 def worker(rank: int, folder: str) -> None:
     """Rank of a group of four, then of a group of two, which only the first two enter."""
     torch.set_num_threads(1)
@@ -149,6 +160,7 @@ def worker(rank: int, folder: str) -> None:
         fully_shard(sharded.backbone, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
         results["fsdp"] = run(sharded, case, spread=True)
+        results["unequal"] = refusal(rank)
         torch.save(results, Path(folder) / f"world{world}rank{rank}.pt")
         dist.destroy_process_group()
 
@@ -196,6 +208,12 @@ def test_ddp_equals_one_process(ranks: list[Any], backend: str, name: str) -> No
 def test_fsdp2_equals_one_process(ranks: list[Any]) -> None:
     case = CASES["three views, learnable"]
     assert_one_batch(ranks, "fsdp", case, "eager")
+
+
+def test_unequal_batches_are_refused_on_every_rank(ranks: list[Any]) -> None:
+    counts = [4] + [3] * (len(ranks) - 1)
+    for results in ranks:
+        assert f"same number of images, found by rank {counts}" in results["unequal"]
 
 
 def test_the_cases_do_what_they_say() -> None:

@@ -1,7 +1,8 @@
-// Update of a prototype bank from the rows of one view; fino_fast/heads.py has the formula.
+// Update of prototype banks from the rows of all views; fino_fast/heads.py has the formula.
 //
-// Only the rows of the classes in the batch are touched. Every class has one block, which takes
-// its rows in a fixed order: the result is the same to the bit on every run.
+// One launch serves all banks. Only the rows of the classes in the batch are touched. Every class of
+// a bank has one block, which takes the views one after another and the rows of each in a fixed
+// order: the result is the same to the bit on every run.
 
 #pragma once
 
@@ -9,19 +10,14 @@
 #include <cmath>
 
 #include "block.cuh"
+#include "launch.h"
 
 namespace fino {
 
-struct BankUpdate {
-  SortedRows rows;       // label −1 is missing
-  const float* teacher;  // [count, width]
-  float* scratch;        // [count, width], sums of the unit rows of the group that begins there
-  int64_t width, classes;
-  float momentum;
-  bool unit_norm;        // concentration="fixed": centroids are unit vectors, φ stays
-  float* centroids;      // [K, width]
-  float* temperatures;   // [K], φ
-  int64_t* counts;       // [K]
+struct BankUpdates {
+  FinoBank banks[kFinoMaxBanks];
+  const float* teacher;  // [views, count, width]
+  int64_t views, count, width;
 };
 
 constexpr float kNormEps = 1e-12f;  // x̂ = x / max(‖x‖, kNormEps)
@@ -33,29 +29,26 @@ __device__ inline float inverse_norm(const float* row, int64_t width) {
   return 1.0f / fmaxf(sqrtf(block_sum(squares)), kNormEps);
 }
 
-// Grid: count blocks of kThreads.
-__global__ void bank_update(BankUpdate a) {
-  const int64_t first = blockIdx.x;
-  const int64_t label = a.rows.labels[first];
-  if (label < 0 || !a.rows.begins(first)) return;
-  assert(label < a.classes);
-  const int64_t end = a.rows.end(first);
-  float* centroid = a.centroids + label * a.width;
-  float* sums = a.scratch + first * a.width;
-  const bool known = a.counts[label] > 0;
-  const float old_scale = inverse_norm(centroid, a.width);
-  for (int64_t d = threadIdx.x; d < a.width; d += kThreads) sums[d] = 0;
+// Moves one centroid towards the rows of one view; returns how many there were.
+__device__ inline int64_t move_centroid(const FinoBank& bank, const SortedRows& rows, int64_t first,
+                                        int64_t end, const float* teacher, int64_t width,
+                                        bool known) {
+  const int64_t label = rows.labels[first];
+  float* centroid = bank.centroids + label * width;
+  float* sums = bank.scratch + first * width;
+  const float old_scale = inverse_norm(centroid, width);
+  for (int64_t d = threadIdx.x; d < width; d += kThreads) sums[d] = 0;
 
   float size = 0, spread = 0;
   for (int64_t i = first; i < end; ++i) {
-    const float* row = a.teacher + a.rows.order[i] * a.width;
+    const float* row = teacher + rows.order[i] * width;
     float faults = 0;
-    for (int64_t d = threadIdx.x; d < a.width; d += kThreads) faults += isfinite(row[d]) ? 0 : 1;
+    for (int64_t d = threadIdx.x; d < width; d += kThreads) faults += isfinite(row[d]) ? 0 : 1;
     // One overflow must not destroy a bank for ever.
     if (block_sum(faults) > 0) continue;
-    const float scale = inverse_norm(row, a.width);
+    const float scale = inverse_norm(row, width);
     float distance = 0;
-    for (int64_t d = threadIdx.x; d < a.width; d += kThreads) {
+    for (int64_t d = threadIdx.x; d < width; d += kThreads) {
       const float unit = row[d] * scale, apart = unit - centroid[d] * old_scale;
       sums[d] += unit;
       distance += apart * apart;
@@ -63,18 +56,32 @@ __global__ void bank_update(BankUpdate a) {
     spread += block_sum(distance);
     size += 1;
   }
-  if (size == 0) return;
+  if (size == 0) return 0;
 
-  const float m = known ? a.momentum : 0.0f;
-  for (int64_t d = threadIdx.x; d < a.width; d += kThreads)
+  const float m = known ? bank.momentum : 0.0f;
+  for (int64_t d = threadIdx.x; d < width; d += kThreads)
     sums[d] = (known ? m * centroid[d] : 0.0f) + (1.0f - m) * (sums[d] / size);
-  const float new_scale = a.unit_norm ? inverse_norm(sums, a.width) : 1.0f;
-  for (int64_t d = threadIdx.x; d < a.width; d += kThreads) centroid[d] = sums[d] * new_scale;
-  if (threadIdx.x == 0) {
-    if (!a.unit_norm && known && size >= 2)
-      a.temperatures[label] = m * a.temperatures[label] + (1.0f - m) * sqrtf(spread / size);
-    a.counts[label] += int64_t(size);
-  }
+  const float new_scale = bank.unit_norm ? inverse_norm(sums, width) : 1.0f;
+  for (int64_t d = threadIdx.x; d < width; d += kThreads) centroid[d] = sums[d] * new_scale;
+  if (threadIdx.x == 0 && !bank.unit_norm && known && size >= 2)
+    bank.temperatures[label] = m * bank.temperatures[label] + (1.0f - m) * sqrtf(spread / size);
+  return int64_t(size);
+}
+
+// Grid: (count, banks) blocks of kThreads.
+__global__ void bank_update(BankUpdates a) {
+  const FinoBank& bank = a.banks[blockIdx.y];
+  const SortedRows rows{bank.order, bank.labels, a.count};
+  const int64_t first = blockIdx.x, label = rows.labels[first];
+  if (label < 0 || !rows.begins(first)) return;
+  assert(label < bank.classes);
+  const int64_t end = rows.end(first), before = bank.counts[label];
+  int64_t seen = before;
+  for (int64_t view = 0; view < a.views; ++view)
+    seen += move_centroid(bank, rows, first, end, a.teacher + view * a.count * a.width, a.width,
+                          seen > 0);
+  __syncthreads();  // all threads have read the count
+  if (threadIdx.x == 0) bank.counts[label] = seen;
 }
 
 }  // namespace fino

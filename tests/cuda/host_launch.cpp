@@ -16,13 +16,14 @@ int fino_group_means(const float* z, const int64_t* order, const int64_t* labels
   return 0;
 }
 
-int fino_bank_update(const float* teacher, const int64_t* order, const int64_t* labels,
-                     int64_t count, int64_t width, int64_t classes, float momentum, bool unit_norm,
-                     float* centroids, float* temperatures, int64_t* counts, float* scratch,
-                     void*) {
-  const fino::BankUpdate arguments{{order, labels, count}, teacher,   scratch,   width,
-                                   classes,                momentum,  unit_norm, centroids,
-                                   temperatures,           counts};
-  launch(unsigned(count), 1, fino::kThreads, fino::bank_update, arguments);
+int fino_bank_update(const FinoBank* banks, int64_t bank_count, const float* teacher,
+                     int64_t views, int64_t count, int64_t width, void*) {
+  if (count == 0 || width == 0) return 0;
+  for (int64_t first = 0; first < bank_count; first += kFinoMaxBanks) {
+    fino::BankUpdates arguments{{}, teacher, views, count, width};
+    const int64_t some = bank_count - first < kFinoMaxBanks ? bank_count - first : kFinoMaxBanks;
+    for (int64_t i = 0; i < some; ++i) arguments.banks[i] = banks[first + i];
+    launch(unsigned(count), unsigned(some), fino::kThreads, fino::bank_update, arguments);
+  }
   return 0;
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fino_fast import Categorical, cuda
-from fino_fast.heads import PrototypeHead
+from fino_fast.heads import PrototypeHead, update_banks
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +59,52 @@ def test_no_valid_row_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_operator() -> None:
-    bank = torch.zeros(3, 2), torch.ones(3), torch.zeros(3, dtype=torch.int64)
-    order = torch.arange(4)
-    torch.library.opcheck(
-        cuda.bank_update, (*bank, torch.randn(4, 2), order, order // 2, 0.9, True)
+    banks = (
+        [torch.zeros(3, 2), torch.zeros(5, 2)],
+        [torch.ones(3), torch.ones(5)],
+        [torch.zeros(3, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)],
     )
+    order = torch.arange(4).repeat(2, 1)
+    torch.library.opcheck(
+        cuda.bank_update,
+        (*banks, torch.randn(2, 4, 2), order, order // 2, [0.9, 0.5], [True, False]),
+    )
+
+
+def test_one_launch_moves_the_banks_of_all_heads(
+    on_host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More banks than one launch takes, of different sizes, rules and labels."""
+    torch.manual_seed(2)
+    heads = [
+        PrototypeHead(
+            Categorical(
+                f"f{f}", 3 + f % 5, momentum=0.5 + f / 100,
+                concentration="ema" if f % 2 else "fixed",
+            ),
+            7,
+        )
+        for f in range(33)
+    ]  # fmt: skip
+    # Two rows a bank: the host runs a block for each, and every thread of a block as a thread.
+    labels = [torch.randint(-1, 3, (2,)) for _ in heads]
+    views = torch.randn(2, 2, 7)
+    update_banks(heads, views, [label.clamp_min(0) for label in labels])
+    expected = copy.deepcopy(heads)
+    update_banks(expected, -views, labels)
+    calls = []
+
+    class Counting:
+        def fino_bank_update(self, banks: object, count: ctypes.c_int64, *rest: object) -> int:
+            calls.append(count.value)
+            return int(on_host.fino_bank_update(banks, count, *rest))
+
+    monkeypatch.setattr(cuda, "_library", Counting)
+    monkeypatch.setattr(cuda, "serves", lambda bank, rows: True)
+    update_banks(heads, -views, labels)
+    for found, wanted in zip(heads, expected, strict=True):
+        equal(found, wanted)
+    assert calls == [33]
 
 
 def test_it_is_left_to_pytorch_on_a_cpu() -> None:
