@@ -120,7 +120,8 @@ class DaliPipeline:
                 feed(f"start{view}", boxes[v][:, [1, 0]])
                 feed(f"end{view}", boxes[v][:, [3, 2]])
                 feed(f"hflip{view}", d.hflip[v].astype(np.int32))
-                feed(f"vflip{view}", d.vflip[v].astype(np.int32))
+                if self._views.vflip:
+                    feed(f"vflip{view}", d.vflip[v].astype(np.int32))
                 if self._views.normalize:
                     feed(f"shift{view}", shift[v])
                     feed(f"divisor{view}", divisor[v])
@@ -205,18 +206,18 @@ class DaliPipeline:
         )
         if self._form.stored != self._form.channels:
             view = fn.cat(*[view] * self._form.channels, axis=2)
-        view = fn.flip(
-            view,
-            horizontal=argument("hflip", types.INT32, 0),
-            vertical=argument("vflip", types.INT32, 0),
-        )
+        if self._views.vflip:
+            view = fn.flip(view, horizontal=0, vertical=argument("vflip", types.INT32, 0))
         statistics = {}
         if self._views.normalize:
             statistics = {
                 "mean": argument("shift", types.FLOAT, 1),
                 "std": argument("divisor", types.FLOAT, 1),
             }
-        return fn.crop_mirror_normalize(view, **statistics, output_layout="CHW")
+        # The horizontal flip costs nothing here, where every pixel is moved anyway.
+        return fn.crop_mirror_normalize(
+            view, mirror=argument("hflip", types.INT32, 0), **statistics, output_layout="CHW"
+        )
 
 
 def _to_torch(batch: Any) -> torch.Tensor:

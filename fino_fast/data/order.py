@@ -5,6 +5,8 @@ step, or on another number of ranks, sees exactly what the uninterrupted run wou
 arithmetic is 64-bit integer only: results do not depend on NumPy's version or the machine.
 """
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +25,7 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+@functools.lru_cache(maxsize=256)
 def derive_key(*parts: int) -> int:
     """One 64-bit key from several integers; their order counts."""
     key = 0

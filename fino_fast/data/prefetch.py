@@ -1,7 +1,7 @@
 """Reading and decoding ahead of who wants the batches, and what happens to damaged samples."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -28,6 +28,10 @@ class Skipped:
     """Shard, offset and what is wrong."""
 
 
+Content = bytes | DataError
+"""An encoded image, or why it cannot be read."""
+
+
 @dataclass
 class Work:
     """The samples of one batch, in every stage of its making."""
@@ -37,7 +41,10 @@ class Work:
     rows: NDArray[np.int64]
     """int64 [n], their numbers in the set."""
     draws: list[Draws]
-    payloads: list[Future[bytes]] = field(default_factory=list)
+    parts: list[Future[list[Content]]] = field(default_factory=list)
+    """What is being read, in order."""
+    contents: list[Content] = field(default_factory=list)
+    """What was read."""
     skipped: list[Skipped] = field(default_factory=list)
 
 
@@ -50,6 +57,7 @@ class Prefetch:
 
     def __init__(self, read: Callable[[int], bytes], threads: int) -> None:
         self._read = read
+        self._threads = threads
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="fino-read")
 
     def run(
@@ -64,8 +72,10 @@ class Prefetch:
         decoding: deque[Work] = deque()
         try:
             for work in batches:
-                work.payloads = [
-                    self._readers.submit(self._read, row) for row in work.rows.tolist()
+                # One task a thread: handing over every sample alone costs as much as reading it.
+                work.parts = [
+                    self._readers.submit(self._read_all, rows.tolist())
+                    for rows in np.array_split(work.rows, self._threads)
                 ]
                 reading.append(work)
                 if len(reading) > pipeline.depth:
@@ -79,31 +89,34 @@ class Prefetch:
                     yield self._finish(pipeline, decoding, replace)
         finally:
             for work in reading:
-                for future in work.payloads:
-                    future.cancel()
+                for part in work.parts:
+                    part.cancel()
             pipeline.reset()
 
+    def _read_all(self, rows: list[int]) -> list[Content]:
+        contents: list[Content] = []
+        for row in rows:
+            try:
+                contents.append(self._read(row))
+            except DataError as error:
+                contents.append(error)
+        return contents
+
     def _submit(self, pipeline: Pipeline, work: Work, replace: Replace) -> Work:
+        if not work.contents:
+            work.contents = [content for part in work.parts for content in part.result()]
         while True:
-            for i in range(len(work.rows)):
-                self._await(work, i, replace)
-            payloads = [future.result() for future in work.payloads]
+            faults = {i: c for i, c in enumerate(work.contents) if isinstance(c, DataError)}
+            if faults:
+                self._replace(work, faults, replace)
+                continue
+            payloads = [content for content in work.contents if isinstance(content, bytes)]
             try:
                 pipeline.submit(work.rows.tolist(), payloads, work.draws)
             except DamagedSamples as damaged:
-                self._replace(work, damaged, replace)
+                self._replace(work, damaged.faults, replace)
             else:
                 return work
-
-    def _await(self, work: Work, i: int, replace: Replace) -> None:
-        """Read until the i-th sample is a sound one."""
-        while True:
-            try:
-                work.payloads[i].result()
-            except DataError as error:
-                self._replace(work, DamagedSamples({i: error}), replace)
-            else:
-                return
 
     def _finish(
         self, pipeline: Pipeline, decoding: deque[Work], replace: Replace
@@ -112,7 +125,7 @@ class Prefetch:
             try:
                 tensors = pipeline.result()
             except DamagedSamples as damaged:
-                self._replace(decoding[0], damaged, replace)
+                self._replace(decoding[0], damaged.faults, replace)
                 # A pipeline may have lost what else was in work.
                 pipeline.reset()
                 for work in decoding:
@@ -120,7 +133,7 @@ class Prefetch:
             else:
                 return decoding.popleft(), tensors
 
-    def _replace(self, work: Work, damaged: DamagedSamples, replace: Replace) -> None:
-        for i, error in damaged.faults.items():
+    def _replace(self, work: Work, faults: Mapping[int, DataError], replace: Replace) -> None:
+        for i, error in faults.items():
             replace(work, i, error)
-            work.payloads[i] = self._readers.submit(self._read, int(work.rows[i]))
+            (work.contents[i],) = self._read_all([int(work.rows[i])])

@@ -84,7 +84,7 @@ class ShardSet:
         self.manifest_hash = manifest.hash
         self._splits: dict[str, Split] = {}
         self._table_checked = False
-        self._files: OrderedDict[Path, int] = OrderedDict()
+        self._files: OrderedDict[int, int] = OrderedDict()
         self._lock = threading.Lock()
         self._remote = RemoteShards(folder, manifest.shards) if isinstance(folder, Remote) else None
 
@@ -244,19 +244,19 @@ class ShardSet:
         raise DataError(f"{path}: is damaged: fewer rows than samples")
 
     def _read_at(self, shard: int, offset: int, size: int) -> bytes:
-        if self._remote is None:
-            path = self._local / f"{self.manifest.shards[shard].name}.tar"
-        elif (cached := self._remote.local(shard)) is not None:
-            path = cached
-        else:
-            return self._remote.read_at(shard, offset, size)
+        cached = None
+        if self._remote is not None:
+            cached = self._remote.local(shard)
+            if cached is None:
+                return self._remote.read_at(shard, offset, size)
         # pread and not mmap: a file that shrinks under a mapping kills the process, and Python
         # keeps a descriptor open for every mapping, of which there are too few for all shards.
         with self._lock:
-            descriptor = self._files.pop(path, None)
+            descriptor = self._files.pop(shard, None)
             if descriptor is None:
+                path = cached or self._local / f"{self.manifest.shards[shard].name}.tar"
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._files[path] = descriptor
+            self._files[shard] = descriptor
             descriptor = os.dup(descriptor)
             if len(self._files) > _OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
