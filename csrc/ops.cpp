@@ -48,6 +48,15 @@ const Runtime<T> runtime = {
     },
 };
 
+// In one order, whatever the number of threads.
+template <typename T>
+double total(const Tensor& values) {
+  const T* data = values.data_ptr<T>();
+  double sum = 0;
+  for (int64_t i = 0; i < values.numel(); ++i) sum += data[i];
+  return sum;
+}
+
 // All sums are in fp32, or in fp64 for fp64 input; products of half precision are taken in fp32.
 template <typename T>
 Tensor dense(const Tensor& x) {
@@ -136,7 +145,8 @@ std::tuple<Tensor, Tensor> contrastive_forward_of(const Tensor& rows_in, const T
   }
   const Tensor positive =
       (rows.rows * positives(rows.rows, columns, batch)).sum(1) * (scale / (batch.views - 1));
-  return {(lse - positive).sum() / columns_in.size(0), lse};
+  const double loss = total<T>(lse - positive) / double(columns_in.size(0));
+  return {at::scalar_tensor(loss, lse.options()), lse};
 }
 
 template <typename T>
@@ -168,8 +178,8 @@ std::tuple<Tensor, Tensor> contrastive_backward_of(double upstream, const Tensor
   normalize_rows_backward<T>(runtime<T>, g.data_ptr<T>(), x, rows.norms.template data_ptr<T>(), n,
                              d, along.data_ptr<T>());
   // ⟨g_i, x̂_i⟩ = scale · Σ_j (A_ij + A_ji) c_ij with A = ∂L/∂s; over all rows twice scale·∂L/∂scale.
-  const Tensor grad_scale = along.sum() / (2 * scale);
-  return {g.to(rows_in.scalar_type()), grad_scale};
+  const double grad_scale = total<T>(along) / (2 * scale);
+  return {g.to(rows_in.scalar_type()), at::scalar_tensor(grad_scale, along.options())};
 }
 
 std::tuple<Tensor, Tensor> contrastive_forward(const Tensor& rows, const Tensor& columns,

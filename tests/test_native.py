@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -351,25 +352,53 @@ def test_a_target_beyond_the_bank_is_an_error_and_no_wild_read():
         NATIVE.heads([call], False)
 
 
-def test_bit_identical_from_run_to_run_and_for_any_number_of_threads():
-    rows = torch.randn(1200, 32)
-    call = head_call("linear", 700, 32, 50)
-    threads = torch.get_num_threads()
-    results = []
+def contrastive_and_others(threads: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Results of the contrastive term, and of the terms whose products the library shares out."""
+    torch.manual_seed(0)
+    rows, labels = torch.randn(1200, 32), torch.randint(-1, 700, (3000,))
+    heads = [head_call(kind, 3000, 256, 1200) for kind in ("linear", "prototype")]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(
-                contrastive_gradients(NATIVE, rows, 0.1, False, 2)
-                + head_gradients(NATIVE, copy_of(call, torch.float32))
-            )
+        contrastive = [
+            tensor
+            for two_tower in (False, True)
+            for tensor in contrastive_gradients(NATIVE, rows, 0.1, two_tower, 2)
+        ]
+        others = [tensor for head in heads for tensor in head_gradients(NATIVE, head)]
+        z = torch.randn(3000, 256)
+        others += orthogonal_gradients(z, labels, "preserve", NATIVE)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+    return contrastive, others
+
+
+def test_bit_identical_from_run_to_run():
+    first, second = contrastive_and_others(2), contrastive_and_others(2)
+    for one, two in zip(first, second, strict=True):
+        assert all(map(torch.equal, one, two))
+
+
+def test_the_contrastive_term_is_the_same_from_any_number_of_threads():
+    results = [contrastive_and_others(threads)[0] for threads in (1, 2, 3)]
     for other in results[1:]:
-        for one, two in zip(results[0][:3], other[:3], strict=True):
-            assert torch.equal(one, two)
-    for one, two in zip(results[1], results[2], strict=True):
-        assert torch.equal(one, two)
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_all_terms_are_the_same_from_any_number_of_threads_with_the_library_s_strict_mode():
+    done = run_python(
+        """
+        import torch
+        from test_native import contrastive_and_others
+
+        one, *others = [contrastive_and_others(threads)[1] for threads in (1, 2, 3)]
+        for other in others:
+            assert all(map(torch.equal, one, other))
+        """,
+        MKL_CBWR="AUTO,STRICT",
+        PYTHONPATH=str(Path(__file__).parent),
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
