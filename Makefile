@@ -3,11 +3,12 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 SEEDS  ?= 1
+DEVICE ?= cpu
 RESULTS := benchmarks/results
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := -c requirements/constraints.txt
 
-.PHONY: setup demo test lint sanitize bench gpu-check clean
+.PHONY: setup demo test lint sanitize bench bench-cpu bench-cuda gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -40,10 +41,18 @@ sanitize: setup
 	$(BIN)/python -m pytest tests/csrc
 
 # One quiet machine, nothing else running; the README's table is rewritten from the result.
-bench: setup
+# On a GPU: make bench DEVICE=cuda
+bench: bench-$(DEVICE)
+
+bench-cpu: setup
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest benchmarks -o timeout=0 --benchmark-only --benchmark-json=$(RESULTS)/benchmarks.json
 	$(BIN)/python benchmarks/report.py $(RESULTS)/benchmarks.json
+
+bench-cuda: setup
+	$(PIP) install -q $(LOCK) --no-build-isolation -e '.[bench-gpu]'
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest benchmarks/test_gpu.py -o timeout=0 --benchmark-only --benchmark-json=$(RESULTS)/gpu.json
 
 # Compiles the GPU kernels for chips that are not there, and writes the tables of docs/gpu.md.
 gpu-check: setup

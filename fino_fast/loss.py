@@ -16,6 +16,7 @@ from .heads import Heads, LinearHead, PrototypeHead, build_head, update_banks
 from .reference import (
     accumulation_dtype,
     balance_scales,
+    constants,
     rows_of,
     scale_gradient,
     scaled_target,
@@ -280,7 +281,7 @@ class FinoLoss(nn.Module):
             terms[factor.name] = losses[index].detach()
             metric = "accuracy" if isinstance(factor, Categorical) else "mse"
             terms[f"{factor.name}/{metric}"] = metrics[index]
-        weights = losses.new_tensor([factor.weight for factor in self.factors])
+        weights = constants([factor.weight for factor in self.factors], losses).to(dtype)
         if self.balance:
             weights = weights * self._balance(results, pullbacks).to(dtype)
         return (weights * losses).sum()

@@ -148,6 +148,14 @@ def squared_error(
     return loss, loss.detach()
 
 
+def constants(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """[n] fp64 on the device of `like`.
+
+    Filled there: copying them from the host would make it wait, and no CUDA graph could hold it.
+    """
+    return torch.stack([like.new_full((), number, dtype=torch.float64) for number in numbers])
+
+
 def scaled_target(factor: Continuous, values: Tensor, dtype: torch.dtype) -> Tensor:
     """Targets of a continuous factor in the units of its head: (y − offset)·scale.
 
@@ -160,9 +168,7 @@ def scaled_target(factor: Continuous, values: Tensor, dtype: torch.dtype) -> Ten
     values = values.reshape(-1, factor.dim)
     offset, scale = factor.affine
     # fp64 until the subtraction is done: a time stamp in seconds does not fit fp32.
-    wide = (values.double() - values.new_tensor(offset, dtype=torch.float64)) * values.new_tensor(
-        scale, dtype=torch.float64
-    )
+    wide = (values.double() - constants(offset, values)) * constants(scale, values)
     return wide.to(dtype)
 
 

@@ -23,7 +23,7 @@ from .tiles import WORKERS, Compiler, Tiles, tiles_for
 
 PROTOTYPE = 1  # numbers of kinds in `fino_fast.ops.KINDS`; 0 is linear, above are the continuous
 REDUCE_BLOCK = 1024
-COMBINE_ROWS, COMBINE_DEPTH = 16, 64
+COMBINE_ROWS, COMBINE_DEPTH = 8, 64
 # Programs that a sweep is split into at least, so that few rows or a small bank fill a GPU.
 WANTED_PROGRAMS = 512
 MAX_SPLITS = 16  # partial sums of a row; bounds their memory at 20·MAX_SPLITS bytes a row

@@ -8,7 +8,7 @@ the banks, the parts of the rows are summed in order.
 import triton
 import triton.language as tl
 
-from .tile import pick
+from .tile import find, pick
 
 
 @triton.jit
@@ -30,37 +30,46 @@ def heads_combine_kernel(
             total = tl.load(
                 pick(swept, owner) + at, mask=ok & (pick(is_swept, owner) > 0), other=0.0
             )
-            for f in range(len(kept)):
-                if (pick(is_kept, f) > 0) & (pick(space, f) == owner):
-                    factor = tl.load(grad + f) * tl.load(pick(guidance, f)).to(SUM)
-                    total += factor * tl.load(pick(kept, f) + at, mask=ok, other=0.0)
+            for f in tl.static_range(len(kept)):
+                if (is_kept[f] > 0) & (space[f] == owner):
+                    factor = tl.load(grad + f) * tl.load(guidance[f]).to(SUM)
+                    total += factor * tl.load(kept[f] + at, mask=ok, other=0.0)
             tl.store(
                 pick(grad_rows, owner) + rows[:, None] * out_stride + k[None, :],
                 total.to(grad_rows[0].dtype.element_ty),
                 mask=ok,
             )
-    # Unrolled and not picked from a table: the banks may differ in dtype.
-    for i in tl.static_range(len(grad_bank)):
-        tile = program - row_work - first_bank[i]
-        if (tile >= 0) & (tile < tl.cdiv(classes[i], ROWS)):
-            rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-            row_ok = rows < classes[i]
-            for first in range(0, bank_depth_out[i], DEPTH):
-                k = first + tl.arange(0, DEPTH)
-                ok = row_ok[:, None] & (k < bank_depth_out[i])[None, :]
-                total = tl.zeros([ROWS, DEPTH], dtype=SUM)
-                for part in range(parts[i]):
-                    row = part * classes[i].to(tl.int64) + rows
-                    total += tl.load(
-                        bank_part[i] + row[:, None] * bank_depth[i] + k[None, :], mask=ok, other=0.0
+    elif len(grad_bank) > 0:
+        f = find(first_bank, program - row_work)
+        size, count = pick(classes, f), pick(parts, f)
+        bank_stride, bank_width = pick(bank_depth, f), pick(bank_depth_out, f)
+        members = (program - row_work - pick(first_bank, f)).to(tl.int64) * ROWS + tl.arange(
+            0, ROWS
+        )
+        member_ok = members < size
+        for begin in range(0, bank_width, DEPTH):
+            entry = begin + tl.arange(0, DEPTH)
+            exists = member_ok[:, None] & (entry < bank_width)[None, :]
+            sums = tl.zeros([ROWS, DEPTH], dtype=SUM)
+            for part in range(count):
+                where = (part * size.to(tl.int64) + members)[:, None] * bank_stride + entry[None, :]
+                sums += tl.load(pick(bank_part, f) + where, mask=exists, other=0.0)
+            # Not picked from a table: the banks may differ in dtype.
+            for i in tl.static_range(len(grad_bank)):
+                if f == i:
+                    tl.store(
+                        grad_bank[i] + members[:, None] * bank_width + entry[None, :],
+                        sums.to(grad_bank[i].dtype.element_ty),
+                        mask=exists,
                     )
+        offset = tl.zeros([ROWS], dtype=SUM)
+        for part in range(count):
+            where = part * size.to(tl.int64) + members
+            offset += tl.load(pick(offset_part, f) + where, mask=member_ok, other=0.0)
+        for i in tl.static_range(len(grad_offset)):
+            if f == i:
                 tl.store(
-                    grad_bank[i] + rows[:, None] * bank_depth_out[i] + k[None, :],
-                    total.to(grad_bank[i].dtype.element_ty),
-                    mask=ok,
+                    grad_offset[i] + members,
+                    offset.to(grad_offset[i].dtype.element_ty),
+                    mask=member_ok,
                 )
-            offset = tl.zeros([ROWS], dtype=SUM)
-            for part in range(parts[i]):
-                row = part * classes[i].to(tl.int64) + rows
-                offset += tl.load(offset_part[i] + row, mask=row_ok, other=0.0)
-            tl.store(grad_offset[i] + rows, offset.to(grad_offset[i].dtype.element_ty), mask=row_ok)
