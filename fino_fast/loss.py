@@ -371,9 +371,7 @@ class FinoLoss(nn.Module):
         return total
 
     def _update_banks(self, teacher: Tensor, values: dict[str, Tensor]) -> None:
-        banks = {
-            name: head for name, head in self.heads.items() if isinstance(head, PrototypeHead)
-        }
+        banks = {name: head for name, head in self.heads.items() if isinstance(head, PrototypeHead)}
         if banks:
             update_banks(list(banks.values()), teacher, [values[name] for name in banks])
 
