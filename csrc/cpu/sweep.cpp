@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -14,21 +15,19 @@ namespace {
 constexpr double normalize_eps = 1e-12;
 constexpr int64_t scratch_bytes = int64_t{32} << 20;
 
+// Two blocks that meet; `*_turn` counts the pairs before it that the block is in.
 struct Pair {
   int64_t row, column;
+  int row_turn = 0, column_turn = 0;
 };
 
-using Rounds = std::vector<std::vector<Pair>>;
-
-// Rounds of disjoint pairs of blocks: the diagonal, then a round-robin tournament (circle method).
-// No two pairs of a round share a block, so threads need no locks, and every block meets the others
-// in a fixed order, so the sums do not depend on who computed them.
-Rounds tournament(int64_t blocks) {
-  Rounds rounds(1);
-  for (int64_t b = 0; b < blocks; ++b) rounds[0].push_back({b, b});
+// All pairs of blocks in an order in which neighbours seldom share a block: the diagonal, then the
+// rounds of a round-robin tournament (circle method).
+std::vector<Pair> tournament(int64_t blocks) {
+  std::vector<Pair> pairs;
+  for (int64_t b = 0; b < blocks; ++b) pairs.push_back({b, b});
   const int64_t seats = blocks + blocks % 2;  // an odd field has one bye a round
-  for (int64_t round = 0; round + 1 < seats; ++round) {
-    std::vector<Pair> pairs;
+  for (int64_t round = 0; round + 1 < seats; ++round)
     for (int64_t seat = 0; seat < seats / 2; ++seat) {
       // Seat 0 is fixed, the others rotate.
       const auto player = [&](int64_t s) {
@@ -37,18 +36,59 @@ Rounds tournament(int64_t blocks) {
       const int64_t a = player(seat), b = player(seats - 1 - seat);
       if (a < blocks && b < blocks) pairs.push_back({std::min(a, b), std::max(a, b)});
     }
-    rounds.push_back(std::move(pairs));
-  }
-  return rounds;
+  return pairs;
 }
 
 // The same for two towers: every block of the first `blocks` meets every one of the second.
-Rounds towers(int64_t blocks) {
-  Rounds rounds(blocks);
+std::vector<Pair> towers(int64_t blocks) {
+  std::vector<Pair> pairs;
   for (int64_t round = 0; round < blocks; ++round)
     for (int64_t row = 0; row < blocks; ++row)
-      rounds[round].push_back({row, blocks + (row + round) % blocks});
-  return rounds;
+      pairs.push_back({row, blocks + (row + round) % blocks});
+  return pairs;
+}
+
+// Calls prepare()(pair) for all pairs, prepare() once a thread; every block meets the others in the order of the
+// list, whoever computes it, so that sums over them need no locks and have one result.
+//
+// A thread takes the next pair of the list and waits until its two blocks have had their turns
+// before it. The pairs that it waits for were taken earlier, so none waits for ever. No barrier: a
+// thread that the system has put aside holds up only those that need its blocks.
+template <typename Parallel, typename Prepare>
+void in_turn(std::vector<Pair> pairs, const Parallel& parallel, const Prepare& prepare) {
+  int64_t blocks = 0;
+  for (const Pair& pair : pairs) blocks = std::max({blocks, pair.row + 1, pair.column + 1});
+  std::vector<int> count(blocks);
+  for (Pair& pair : pairs) {
+    pair.row_turn = count[pair.row];
+    pair.column_turn = count[pair.column];
+    ++count[pair.row];
+    if (pair.row != pair.column) ++count[pair.column];
+  }
+  std::vector<std::atomic<int>> turn(blocks);
+  for (auto& t : turn) t = 0;
+  std::atomic<size_t> next{0};
+  std::atomic<bool> failed{false};
+  const auto wait = [&](int64_t block, int mine) {
+    while (turn[block].load(std::memory_order_acquire) != mine && !failed) std::this_thread::yield();
+  };
+  parallel(static_cast<int64_t>(pairs.size()), [&](int64_t, int64_t) {
+    try {
+      const auto body = prepare();
+      for (size_t index = next++; index < pairs.size() && !failed; index = next++) {
+        const Pair& pair = pairs[index];
+        wait(pair.row, pair.row_turn);
+        wait(pair.column, pair.column_turn);
+        if (failed) return;
+        body(pair);
+        turn[pair.row].fetch_add(1, std::memory_order_release);
+        if (pair.row != pair.column) turn[pair.column].fetch_add(1, std::memory_order_release);
+      }
+    } catch (...) {
+      failed = true;  // the others must not wait for what will never be done
+      throw;
+    }
+  });
 }
 
 // The tile loop of the symmetric sweep: visit(tile, row offset, rows, column offset, columns, whether
@@ -64,21 +104,16 @@ void pair_sweep(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d, 
     const int64_t first = block % blocks * side;
     return std::pair{block / blocks * part + first, std::min(side, part - first)};
   };
-  for (const auto& round : two_tower ? towers(blocks) : tournament(blocks)) {
-    // Threads take the next pair when they are free: they seldom run equally fast. Which one
-    // computes a pair does not matter to the result.
-    std::atomic<size_t> next{0};
-    runtime.parallel(static_cast<int64_t>(round.size()), [&](int64_t, int64_t) {
-      const auto tile = scratch<T>(side * side);
-      for (size_t index = next++; index < round.size(); index = next++) {
-        const auto [i, rows] = bounds(round[index].row);
-        const auto [j, columns] = bounds(round[index].column);
-        runtime.gemm(false, true, rows, columns, d, unit + i * d, d, unit + j * d, d, false,
-                     tile.get(), columns);
-        visit(tile.get(), i, rows, j, columns, round[index].row == round[index].column);
-      }
-    });
-  }
+  const auto prepare = [&] {
+    return [&, tile = scratch<T>(side * side)](const Pair& pair) {
+      const auto [i, rows] = bounds(pair.row);
+      const auto [j, columns] = bounds(pair.column);
+      runtime.gemm(false, true, rows, columns, d, unit + i * d, d, unit + j * d, d, false,
+                   tile.get(), columns);
+      visit(tile.get(), i, rows, j, columns, pair.row == pair.column);
+    };
+  };
+  in_turn(two_tower ? towers(blocks) : tournament(blocks), runtime.parallel, prepare);
 }
 
 }  // namespace

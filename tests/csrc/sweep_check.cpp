@@ -1,11 +1,16 @@
 // The torch-free kernels on buffers of exactly the size they may touch, for the sanitizers, against
 // loops that follow the formulas. Prints the largest error; exits non-zero where it is too large.
 
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <limits>
+#include <mutex>
+#include <new>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "cpu/capability.h"
@@ -240,6 +245,46 @@ void check_orthogonal(std::mt19937& generator, int64_t n, int64_t d, int64_t k, 
   }
 }
 
+// On real threads: the same result as on one, and an exception of one thread ends the others too.
+void check_threads(std::mt19937& generator) {
+  static std::atomic<int> products{0}, last{0};
+  fino::Runtime<float> threaded = runtime<float>;
+  threaded.parallel = [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+    std::exception_ptr error;
+    std::mutex mutex;
+    const auto piece = [&](int64_t begin, int64_t end) {
+      try {
+        body(begin, end);
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        error = std::current_exception();
+      }
+    };
+    std::vector<std::thread> threads;
+    for (int64_t t = 0; t < 3; ++t) threads.emplace_back(piece, n * t / 3, n * (t + 1) / 3);
+    for (std::thread& thread : threads) thread.join();
+    if (error) std::rethrow_exception(error);
+  };
+  threaded.gemm = [](bool ta, bool tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+                     const float* b, int64_t ldb, bool accumulate, float* c, int64_t ldc) {
+    if (++products == last) throw std::bad_alloc();
+    gemm<float>(ta, tb, m, n, k, a, lda, b, ldb, accumulate, c, ldc);
+  };
+  const int64_t n = 1300, d = 3;
+  const std::vector<float> x = random<float>(generator, n * d);
+  std::vector<float> unit(n * d), norms(n), lse(n), expected(n);
+  fino::normalize_rows(runtime<float>, x.data(), n, d, unit.data(), norms.data());
+  fino::pair_logsumexp<float>(runtime<float>, unit.data(), n, d, 10, false, expected.data());
+  fino::pair_logsumexp<float>(threaded, unit.data(), n, d, 10, false, lse.data());
+  if (lse != expected) worst = std::numeric_limits<double>::infinity();
+  last = products + 5;
+  try {
+    fino::pair_logsumexp<float>(threaded, unit.data(), n, d, 10, false, lse.data());
+    worst = std::numeric_limits<double>::infinity();  // it must not pass in silence
+  } catch (const std::bad_alloc&) {
+  }
+}
+
 template <typename T>
 void check_all() {
   std::mt19937 generator(0);
@@ -264,6 +309,8 @@ int main() {
   const double wide = worst;
   worst = 0;
   check_all<float>();
+  std::mt19937 generator(1);
+  check_threads(generator);
   std::printf("%s: largest error %.1e in fp64, %.1e in fp32\n", fino::capability().c_str(), wide,
               worst);
   return wide < 1e-11 && worst < 2e-4 ? EXIT_SUCCESS : EXIT_FAILURE;

@@ -16,7 +16,7 @@ LEVEL_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
 FLAGS = [
-    "-std=c++17", "-O1", "-g", "-fopenmp-simd", f"-I{CSRC}",
+    "-std=c++17", "-O1", "-g", "-fopenmp-simd", "-pthread", f"-I{CSRC}",
     "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
 ]  # fmt: skip
 
