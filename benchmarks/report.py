@@ -30,7 +30,9 @@ def main() -> None:
     source.with_suffix(".md").write_text(text, encoding="utf-8")
     for group in sorted({run["name"].split("[")[0] for run in kernels}):
         members = [r for r in kernels if r["name"].split("[")[0] == group]
-        plot(group.removeprefix("test_"), members, source.parent)
+        for axis, value in (members[0]["params"] or {}).items():
+            if isinstance(value, int):
+                plot(group.removeprefix("test_"), axis, members, source.parent)
     readme = README.read_text(encoding="utf-8")
     before, rest = readme.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
@@ -45,17 +47,26 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     for run in runs:
         info = run["extra_info"]
-        sizes = ", ".join(f"{key} = {value:,}" for key, value in (run["params"] or {}).items())
-        memory, eager = info["memory_mb"]["native"], info["memory_mb"]["eager"]
+        name = run["name"].split("[")[0].removeprefix("test_").replace("_", " ")
+        sizes = [
+            f"{key} = {value:,}" if isinstance(value, int) else value
+            for key, value in (run["params"] or {}).items()
+        ]
+        memory = info["memory_mb"]
+        others = [f"{peer} {memory[peer]:.0f}" for peer in list(memory)[1:2]]
         cells = [
-            f"{run['name'].split('[')[0].removeprefix('test_').replace('_', ' ')}, {sizes}",
-            f"{info['seconds']['native'] * 1e3:.1f} ms",
+            ", ".join([name, *sizes]),
+            duration(info["seconds"]["native"]),
             *(f"{info['speedup'][p]:.2f}" if p in info["speedup"] else "–" for p in peers),
-            f"{info['gemm_share']:.0%}",
-            f"{memory:.0f} MB (eager {eager:.0f})",
+            f"{info['gemm_share']:.0%}" if info["gemm_share"] else "–",
+            " ".join([f"{memory['native']:.0f} MB", *(f"({other})" for other in others)]),
         ]
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 0.01 else f"{seconds * 1e6:.0f} µs"
 
 
 def data_table(runs: list[dict[str, Any]]) -> str:
@@ -73,24 +84,30 @@ def data_table(runs: list[dict[str, Any]]) -> str:
 def machine(runs: dict[str, Any]) -> str:
     cpu = runs["machine_info"]["cpu"].get("brand_raw", platform.processor())
     return (
-        f"fp32, {torch.get_num_threads()} threads of {cpu}, torch {torch.__version__}, "
-        f"{runs['datetime'][:10]}. “× peer”: the peer's median time over ours in interleaved "
-        f"rounds. GEMM: share of the rate of a 2048² product in the same rounds, counting only the "
-        f"products that the algorithm needs. Memory: resident peak of one step."
+        f"{torch.get_num_threads()} threads of {cpu}, torch {torch.__version__}, "
+        f"{runs['datetime'][:10]}; fp32 where it does not say bf16. “× peer”: the peer's median "
+        f"time over ours, interleaved rounds, of each the half that ran beside the fastest "
+        f"matrix products. GEMM: share of the rate of these 2048² fp32 products, counting only "
+        f"what the algorithm has to multiply. Memory: resident peak of one step, results included."
     )
 
 
-def plot(group: str, runs: list[dict[str, Any]], folder: Path) -> None:
-    """Time and memory against the first parameter, one line a contender, log–log."""
-    axis, *others = runs[0]["params"]
-    for fixed in sorted({tuple(run["params"][o] for o in others) for run in runs}):
+def plot(group: str, axis: str, runs: list[dict[str, Any]], folder: Path) -> None:
+    """Time and memory against the parameter `axis`, one line a contender, log–log.
+
+    One figure for each setting of the other parameters that was run at two values or more.
+    """
+    others = [name for name in runs[0]["params"] if name != axis]
+    for fixed in sorted({tuple(run["params"][o] for o in others) for run in runs}, key=str):
         chosen = [r for r in runs if tuple(r["params"][o] for o in others) == fixed]
+        if len(chosen) < 2:
+            continue
         chosen.sort(key=lambda run: run["params"][axis])
         figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
         for panel, key, unit in zip(
             panels, ("seconds", "memory_mb"), ("seconds", "MB at the peak"), strict=True
         ):
-            for peer in chosen[-1]["extra_info"][key]:
+            for peer in dict.fromkeys(p for run in chosen for p in run["extra_info"][key]):
                 points = [
                     (run["params"][axis], run["extra_info"][key][peer])
                     for run in chosen
@@ -102,7 +119,7 @@ def plot(group: str, runs: list[dict[str, Any]], folder: Path) -> None:
         panels[0].legend()
         suffix = "".join(f", {o} = {v}" for o, v in zip(others, fixed, strict=True))
         figure.suptitle(f"{group.replace('_', ' ')}{suffix}: forward + backward")
-        name = "_".join([group, *(f"{o}{v}" for o, v in zip(others, fixed, strict=True))])
+        name = "_".join([group, axis, *(f"{o}{v}" for o, v in zip(others, fixed, strict=True))])
         figure.savefig(folder / f"{name}.png", dpi=120)
         plt.close(figure)
 
