@@ -57,21 +57,34 @@ def cache_limit() -> int:
     return int(limit * 10**9)
 
 
+def _made(folder: Path) -> Path:
+    """A folder of the cache, made where it is not there.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made: {error.strerror}; set {FOLDER}") from error
+    return folder
+
+
 def fetch_small_files(source: Remote, files: Sequence[SealedFile], manifest_hash: str) -> Path:
     """The folder of this machine's cache that holds `files` of a sealed set, under their names.
 
     Raises:
         DataError: a file cannot be fetched, or is not the one that was sealed.
     """
-    folder = cache_folder() / manifest_hash
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _made(cache_folder() / manifest_hash)
     for sealed in files:
         target = folder / sealed.name
         if target.is_file():
             continue
         draft = folder / f"{TEMPORARY}{sealed.name}.{os.getpid()}"
         try:
-            _fetch(source / sealed.name, draft.open("wb"), target, sealed.sha256)
+            file = draft.open("wb")
+            _fetch(source / sealed.name, file, target, sealed.sha256, contextlib.nullcontext())
         except OSError as error:
             raise DataError(
                 f"{source / sealed.name}: cannot be fetched: {error.strerror}"
@@ -106,8 +119,7 @@ class RemoteShards:
     def __init__(self, source: Remote, shards: Sequence[SealedShard]) -> None:
         self._source = source
         self._shards = shards
-        self._folder = cache_folder() / "shards"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder = _made(cache_folder() / "shards")
         self._limit = cache_limit()
         self._lock = threading.Lock()
         self._asked: set[int] = set()
@@ -171,14 +183,16 @@ class RemoteShards:
         with _guarded(self._folder):
             if path.is_file() or draft.exists():
                 return
-            held = sum(file.stat().st_size for file in self._folder.iterdir())
+            held = sum(map(_size, self._folder.iterdir()))
             if held + shard.bytes > self._limit:
                 self._has_no_room(number)
                 return
             file = draft.open("wb")
             fcntl.flock(file, fcntl.LOCK_EX)  # it is in use, and no leftover
             os.truncate(file.fileno(), shard.bytes)  # what is to come counts as held
-        _fetch(self._source / f"{shard.name}.tar", file, path, shard.sha256)
+        source = self._source / f"{shard.name}.tar"
+        # Renamed under guard: whoever adds up what is held finds it under one name or the other.
+        _fetch(source, file, path, shard.sha256, _guarded(self._folder))
 
     def _has_no_room(self, number: int) -> None:
         log.warning(
@@ -197,14 +211,28 @@ def _guarded(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         for draft in folder.glob(f"{TEMPORARY}*"):
-            with draft.open("rb") as file, contextlib.suppress(BlockingIOError):
+            # In use, or given up just now.
+            with contextlib.suppress(BlockingIOError, FileNotFoundError), draft.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 draft.unlink()  # its writer is gone
         yield
 
 
-def _fetch(source: Remote, draft: IO[bytes], target: Path, sha256: str) -> None:
-    """Fill the open file `draft` from the store and give it the name `target`.
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # a fetch that was given up just now
+        return 0
+
+
+def _fetch(
+    source: Remote,
+    draft: IO[bytes],
+    target: Path,
+    sha256: str,
+    renaming: contextlib.AbstractContextManager[None],
+) -> None:
+    """Fill the open file `draft` from the store and give it the name `target`, inside `renaming`.
 
     Raises:
         DataError: the object has other bytes than were sealed.
@@ -220,7 +248,8 @@ def _fetch(source: Remote, draft: IO[bytes], target: Path, sha256: str) -> None:
             os.fsync(draft.fileno())
             if digest.hexdigest() != sha256:
                 raise DataError(f"{source}: is not the file that was sealed (its SHA-256 differs)")
-            Path(draft.name).rename(target)
+            with renaming:
+                Path(draft.name).rename(target)
     except BaseException:
         Path(draft.name).unlink(missing_ok=True)
         raise

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fino_fast.errors import DataError, MissingExtraError
 
 from .pipeline import DamagedSamples, PixelForm, decode_sample
-from .shardset import ShardSet
+from .shardset import DamagedSample, ShardSet
 from .torch_pipeline import self_normalized
 from .views import Draws, Views, affine
 
@@ -149,7 +149,7 @@ class DaliPipeline:
         for i, (row, payload) in enumerate(zip(rows, payloads, strict=True)):
             try:
                 decode_sample(self._shards, row, payload)
-            except DataError as fault:
+            except DamagedSample as fault:
                 faults[i] = fault
         if faults:
             return DamagedSamples(faults)

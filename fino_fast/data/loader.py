@@ -17,7 +17,7 @@ from .files import canonical_json
 from .pipeline import Pipeline, pixel_form
 from .prefetch import Prefetch, Skipped, Work
 from .sampling import Grouped, Groups, Sampler, Shuffled
-from .shardset import ShardSet
+from .shardset import DamagedSample, ShardSet
 from .torch_pipeline import TorchPipeline
 from .views import Draws, Views, evaluation_draws, training_draws
 
@@ -152,8 +152,10 @@ class Loader:
                 resuming with another global batch (`resume_point`), instead of `start_step`.
 
         Raises:
-            DataError: a sample cannot be read, and `on_error` is `raise`; the message names id,
+            DamagedSample: a sample is damaged, and `on_error` is `raise`; the message names id,
                 shard and offset.
+            DataError: a shard cannot be read, whatever `on_error` is: ranks could not agree on
+                what to skip where a disk or store answers one of them and not the other.
         """
         done = start_sample if start_sample is not None else 0
         if not 0 <= start_step <= self.steps_per_epoch or not 0 <= done <= len(self):
@@ -173,7 +175,7 @@ class Loader:
                 rows = self._samples.rows(self._sampler.order(places, epoch))
                 yield Work(places, rows, draw(places, rows))
 
-        def replace(work: Work, i: int, error: DataError) -> None:
+        def replace(work: Work, i: int, error: DamagedSample) -> None:
             if self.on_error == "raise":
                 raise error
             place, row = int(work.places[i]), int(work.rows[i])
@@ -208,7 +210,7 @@ class Loader:
                 rows = self._samples.rows(places)
                 yield Work(places, rows, [evaluation_draws(self.views, *self._shapes(rows))])
 
-        def refuse(_work: Work, _i: int, error: DataError) -> None:
+        def refuse(_work: Work, _i: int, error: DamagedSample) -> None:
             raise error
 
         for work, tensors in self._prefetch.run(self._pipeline(False), batches(), refuse):

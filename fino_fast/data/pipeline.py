@@ -10,7 +10,7 @@ from fino_fast.errors import DataError
 
 from .images import decode
 from .index import FORMS
-from .shardset import ShardSet
+from .shardset import DamagedSample, ShardSet
 from .stored import ImageRejected, Pixels
 from .views import Draws, Views
 
@@ -76,23 +76,23 @@ def decode_sample(shards: ShardSet, row: int, payload: bytes) -> Pixels:
     """Pixels [H, W, C] of a sample, of the shape that the index has.
 
     Raises:
-        DataError: the bytes do not decode to that; the message names id, shard and offset.
+        DamagedSample: the bytes do not decode to that; the message names id, shard and offset.
     """
     try:
         pixels = decode(payload, shards.extension(row))
     except ImageRejected as rejection:
-        raise DataError(f"{shards.describe(row)}: {rejection.detail}") from rejection
+        raise DamagedSample(f"{shards.describe(row)}: {rejection.detail}") from rejection
     record = shards.index[row]
     expected = (int(record["height"]), int(record["width"]), int(record["channels"]))
     if pixels.shape != expected:
-        raise DataError(f"{shards.describe(row)}: is {pixels.shape}, the index says {expected}")
+        raise DamagedSample(f"{shards.describe(row)}: is {pixels.shape}, the index says {expected}")
     return pixels
 
 
 class DamagedSamples(DataError):
     """Samples of one batch that do not decode; `faults` says what is wrong, by place in it."""
 
-    def __init__(self, faults: dict[int, DataError]) -> None:
+    def __init__(self, faults: dict[int, DamagedSample]) -> None:
         self.faults = faults
         super().__init__("; ".join(str(fault) for fault in faults.values()))
 

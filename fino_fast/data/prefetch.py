@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fino_fast.errors import DataError
-
 from .pipeline import DamagedSamples, Pipeline
+from .shardset import DamagedSample
 from .views import Draws
 
 
@@ -28,8 +27,8 @@ class Skipped:
     """Shard, offset and what is wrong."""
 
 
-Content = bytes | DataError
-"""An encoded image, or why it cannot be read."""
+Content = bytes | DamagedSample
+"""An encoded image, or what is wrong with it."""
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Work:
     skipped: list[Skipped] = field(default_factory=list)
 
 
-Replace = Callable[[Work, int, DataError], None]
+Replace = Callable[[Work, int, DamagedSample], None]
 """Puts another sample in the place of the i-th of a batch, or raises the error."""
 
 
@@ -66,7 +65,8 @@ class Prefetch:
         """Each batch with its views.
 
         Raises:
-            DataError: what `replace` raises of a sample that cannot be read or decoded.
+            DamagedSample: what `replace` raises of a sample that is damaged.
+            DataError: a shard cannot be read, or a pipeline failed.
         """
         reading: deque[Work] = deque()
         decoding: deque[Work] = deque()
@@ -98,7 +98,7 @@ class Prefetch:
         for row in rows:
             try:
                 contents.append(self._read(row))
-            except DataError as error:
+            except DamagedSample as error:
                 contents.append(error)
         return contents
 
@@ -106,7 +106,7 @@ class Prefetch:
         if not work.contents:
             work.contents = [content for part in work.parts for content in part.result()]
         while True:
-            faults = {i: c for i, c in enumerate(work.contents) if isinstance(c, DataError)}
+            faults = {i: c for i, c in enumerate(work.contents) if isinstance(c, DamagedSample)}
             if faults:
                 self._replace(work, faults, replace)
                 continue
@@ -133,7 +133,7 @@ class Prefetch:
             else:
                 return decoding.popleft(), tensors
 
-    def _replace(self, work: Work, faults: Mapping[int, DataError], replace: Replace) -> None:
+    def _replace(self, work: Work, faults: Mapping[int, DamagedSample], replace: Replace) -> None:
         for i, error in faults.items():
             replace(work, i, error)
             (work.contents[i],) = self._read_all([int(work.rows[i])])

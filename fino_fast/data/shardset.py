@@ -53,6 +53,13 @@ class Strings(Sequence[str]):
             yield from chunk.to_pylist()
 
 
+class DamagedSample(DataError):
+    """A sample whose bytes are not those that were sealed, or do not decode.
+
+    Files and stores that cannot be read are something else: they may answer the next time.
+    """
+
+
 class ShardSet:
     """Samples of a sealed set, by number: their bytes, metadata and place.
 
@@ -200,7 +207,8 @@ class ShardSet:
         """A sample's stored bytes, checked.
 
         Raises:
-            DataError: they are not what was sealed; the message names id, shard and offset.
+            DamagedSample: they are not what was sealed; the message names id, shard and offset.
+            DataError: the shard cannot be read, or another one lies in its place in the store.
         """
         record = self.index[row]
         shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
@@ -209,7 +217,7 @@ class ShardSet:
         except OSError as error:
             raise DataError(f"{self.describe(row)}: cannot be read: {error.strerror}") from error
         if len(data) != size or zlib.crc32(data) != record["crc32"]:
-            raise DataError(
+            raise DamagedSample(
                 f"{self.describe(row)}: the bytes are not those that were sealed; run "
                 f"`fino-fast verify {self.folder}`, then restore or rewrite the shard"
             )

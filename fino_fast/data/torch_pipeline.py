@@ -8,10 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fino_fast.errors import DataError
-
 from .pipeline import DamagedSamples, PixelForm, decode_sample
-from .shardset import ShardSet
+from .shardset import DamagedSample, ShardSet
 from .views import Draws, Views, affine
 
 _EPSILON = 1e-6
@@ -60,7 +58,7 @@ class TorchPipeline:
         for i, future in enumerate(futures):
             try:
                 future.result()
-            except DataError as error:
+            except DamagedSample as error:
                 faults[i] = error
         if faults:
             raise DamagedSamples(faults)

@@ -389,7 +389,7 @@ def test_a_lease_is_waited_for_and_a_dead_one_taken_over(
 
 
 def fetched(folder: Path) -> list[Path]:
-    return sorted((folder / "shards").glob("*.tar"))
+    return sorted((folder / "shards").glob("[!.]*.tar"))
 
 
 def wait_until(condition: Any) -> None:
@@ -430,9 +430,14 @@ def test_a_cache_without_room_reads_parts(
     assert_same_batches(shards, lab.open())
     wait_until(lambda: shards._remote._full.is_set())
     assert_same_batches(shards, lab.open())
+    wait_until(lambda: fetched(own_cache))
     assert len(fetched(own_cache)) == 1
     held = sum(file.stat().st_size for file in (own_cache / "shards").iterdir())
     assert held <= first.bytes + 1000
+    monkeypatch.setenv(caches.FOLDER, "/dev/null/cache")
+    with pytest.raises(ConfigError, match=r"/dev/null/cache/.*: cannot be made: .*; set FINO"):
+        ShardSet.open(store)
+    monkeypatch.setenv(caches.FOLDER, str(own_cache))
     monkeypatch.setenv(caches.LIMIT, "plenty")
     with pytest.raises(ConfigError, match="FINO_CACHE_GB: 'plenty'"):
         ShardSet.open(store)

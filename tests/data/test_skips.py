@@ -1,5 +1,6 @@
 """Damaged samples while training: named, or replaced so that nothing else changes."""
 
+import errno
 import itertools
 import shutil
 import struct
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 from fino_fast.data import Loader, ShardSet, Views
+from fino_fast.data.remote import Remote
 from fino_fast.errors import ConfigError, DataError
 
 from .labs import Lab
+from .stores import put_folder
 from .test_loader import SMALL, order_loader
 
 BAD_IDS = ["s0006", "s0021", "s0043"]
@@ -159,6 +162,27 @@ def test_an_evaluation_never_skips(damaged: ShardSet) -> None:
     loader = Loader(damaged, SMALL, 7, backend="torch", on_error="skip")
     with pytest.raises(DataError, match="at offset"):
         list(loader.evaluation())
+
+
+def test_what_cannot_be_read_is_not_skipped(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that is gone, a store that is down: another rank, or the next try, may be luckier."""
+    lab.ingest()
+    put_folder(lab.out, Remote("memory://unreadable"))
+    loader = Loader(lab.open(), SMALL, 4, backend="torch", on_error="skip")
+    (lab.out / "shard-0000-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"000001\.tar at offset \d+: cannot be read: No such file"):
+        list(loader.epoch(0))
+
+    monkeypatch.setenv("FINO_CACHE_GB", "0")
+    shards = ShardSet.open("memory://unreadable")
+    loader = Loader(shards, SMALL, 4, backend="torch", on_error="skip")
+
+    def refuse(*_: Any) -> bytes:
+        raise OSError(errno.EIO, "the store is down")
+
+    monkeypatch.setattr(Remote, "read_at", refuse)
+    with pytest.raises(DataError, match=r"at offset \d+: cannot be read: the store is down"):
+        list(loader.epoch(0))
 
 
 def test_a_run_may_turn_to_skipping(damaged: ShardSet) -> None:
