@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SEEDS  ?= 1
 DEVICE ?= cpu
+SECONDS ?= 600
 RESULTS := benchmarks/results
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := -c requirements/constraints.txt
 
-.PHONY: setup demo test lint sanitize bench bench-cpu bench-cuda gpu-check clean
+.PHONY: setup demo test lint sanitize bench bench-cpu bench-cuda soak gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -53,6 +54,10 @@ bench-cuda: setup
 	$(PIP) install -q $(LOCK) --no-build-isolation -e '.[bench-gpu]'
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest benchmarks/test_gpu.py -o timeout=0 --benchmark-only --benchmark-json=$(RESULTS)/gpu.json
+
+# Ten minutes of loading with breaks and kills; fails where memory or open files grow.
+soak: setup
+	$(BIN)/python benchmarks/soak.py --seconds $(SECONDS)
 
 # Compiles the GPU kernels for chips that are not there, and writes the tables of docs/gpu.md.
 gpu-check: setup

@@ -5,7 +5,6 @@ index, metadata and sample table are as large as those of a true set of that man
 read finds a sound image; only the images' bytes are shared.
 """
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -16,10 +15,12 @@ from PIL import Image
 
 from fino_fast.data.declaration import Declaration
 from fino_fast.data.engines import LocalEngine
-from fino_fast.data.ingest import Request, ingest, read_plans
-from fino_fast.data.plan import PlannedShard
-from fino_fast.data.seal import seal
-from fino_fast.data.write import Receipt
+from fino_fast.data.files import sha256_of, write_json
+from fino_fast.data.index import RECORD, npy_header, read_index, records_start
+from fino_fast.data.ingest import Request, ingest
+from fino_fast.data.manifest import MANIFEST, SealedFile
+from fino_fast.data.metadata import record_type
+from fino_fast.data.schema import Schema
 
 FACTORS = {
     "plate": {"kind": "categorical", "role": "suppress"},
@@ -79,27 +80,44 @@ def sealed_set(root: Path, samples: int, shard_rows: int) -> Path:
     out = root / "shards"
     request = Request(
         root / "table.parquet", root / "images", "id", "file", declaration(), out, check=False
-    )  # fmt: skip
-    assert ingest(request, LocalEngine(1)).manifest is not None
-    (plan,) = read_plans(out)
-    (first,) = plan.shards
-    receipt = Receipt.read(out / f"{first.name}.json")
-    sidecar = pq.read_table(out / f"{first.name}.parquet")
+    )
+    first = ingest(request, LocalEngine(1)).manifest
+    assert first is not None
+    (shard,) = first.shards
+    schema = Schema.read(out / first.schema_file.name)
     shards = [
-        PlannedShard(name=f"shard-0000-{i:06d}", first_row=i * shard_rows, rows=shard_rows)
+        shard.model_copy(update={"name": f"shard-0000-{i:06d}", "first_row": i * shard_rows})
         for i in range(samples // shard_rows)
     ]
-    plan = plan.model_copy(update={"shards": shards, "rows": samples})
-    receipts = [receipt]
-    for i, shard in enumerate(shards[1:], 1):
-        os.link(out / f"{first.name}.tar", out / f"{shard.name}.tar")
-        ids = np.char.add(f"s{i:06d}-", np.arange(shard_rows).astype(str))
-        table = sidecar.set_column(sidecar.column_names.index("id"), "id", pa.array(ids))
-        path = out / f"{shard.name}.parquet"
-        pq.write_table(table, path, compression="zstd")
-        changed = {"name": shard.name, "first_row": shard.first_row, "plan_sha256": plan.hash}
-        changed["sidecar_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        receipts.append(receipt.model_copy(update=changed))
-    receipts[0] = receipt.model_copy(update={"plan_sha256": plan.hash})
-    seal(out, [plan], receipts)
+    for other in shards[1:]:
+        os.link(out / f"{shard.name}.tar", out / f"{other.name}.tar")
+    index = np.array(
+        read_index(out / first.index.name, shard_rows, [shard.bytes], len(schema.splits))
+    )
+    start = records_start(out / first.metadata.name, record_type(schema), shard_rows)
+    metadata = (out / first.metadata.name).read_bytes()[start:]
+    table = pq.read_table(out / first.table.name)
+    rest = table.drop_columns("id")
+    with (
+        (out / first.index.name).open("wb") as index_file,
+        (out / first.metadata.name).open("wb") as metadata_file,
+        pq.ParquetWriter(out / first.table.name, table.schema, compression="zstd") as table_file,
+    ):
+        index_file.write(npy_header(RECORD, samples))
+        metadata_file.write(npy_header(record_type(schema), samples))
+        for i in range(len(shards)):
+            index["shard"] = i
+            index_file.write(index.tobytes())
+            metadata_file.write(metadata)
+            ids = np.char.add(f"s{i:06d}-", np.arange(shard_rows).astype(str))
+            place = table.column_names.index("id")
+            table_file.write_table(rest.add_column(place, "id", pa.array(ids)))
+    sealed = {
+        name: SealedFile(name=file.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+        for name in ("index", "metadata", "table")
+        if (file := getattr(first, name)) and (path := out / file.name)
+    }
+    counts = {"planned": samples, "samples": samples, "rejected": 0, "shards": shards}
+    manifest = first.model_copy(update=sealed | counts)
+    write_json(out / MANIFEST, manifest.model_dump(mode="json"))
     return out
