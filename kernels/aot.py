@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import triton
@@ -88,6 +89,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     )
 
 
+@cache  # launches of other sizes often give the same code
 def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
     """(registers, bytes spilled) that the assembler reports."""
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from fino_fast.kernels.heads import (
-    MAX_SPLITS,
     PROTOTYPE,
     Heads,
     Upstream,
@@ -31,16 +30,25 @@ def test_heads_on_shared_and_on_own_rows(device: torch.device) -> None:
     check_heads([shared[0], alone, *shared[1:]], device)
 
 
-def test_rows_in_several_parts(device: torch.device) -> None:
+def test_rows_in_several_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than a chunk of coefficients, more tiles than parts."""
-    n = INTERPRETER_TILES.rows * (MAX_SPLITS + 3) + 5
-    check_heads(
-        [
-            head_call("linear", n, 7, 3, torch.float64, seed=1),
-            head_call("tanh", n, 7, 1, torch.float64, seed=2),
-        ],
-        device,
-    )
+    monkeypatch.setattr("fino_fast.kernels.heads.MAX_SPLITS", 2)
+    n = 5 * INTERPRETER_TILES.rows + 5
+    calls = [
+        head_call("linear", n, 7, 3, torch.float64, seed=1),
+        head_call("tanh", n, 7, 1, torch.float64, seed=2),
+    ]
+    seen: list[Launch] = []
+
+    def keep(launch: Launch) -> None:
+        seen.append(launch)
+        run(launch)
+
+    with intercepted(keep):
+        check_heads(calls, device)
+    (banks,) = [x.arguments for x in seen if x.kernel.__name__ == "heads_banks_kernel"]
+    assert banks["parts"] == (2, 2)
+    assert banks["share"][0] > INTERPRETER_TILES.chunk
 
 
 def test_a_bank_of_several_chunks(device: torch.device) -> None:
