@@ -1,6 +1,7 @@
 """The DALI pipeline: decoding, cropping, resizing and normalising in C++ threads, or on a GPU."""
 
 import contextlib
+import sys
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -86,6 +87,8 @@ class DaliPipeline:
         return tensors
 
     def reset(self) -> None:
+        if sys.is_finalizing():
+            return  # DALI has taken its pipelines down with the interpreter
         # Nobody wants these batches any more: their damaged samples are nobody's concern.
         with contextlib.suppress(DataError):
             while self._submitted and self._pipe is not None:

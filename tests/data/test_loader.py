@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,18 @@ def test_an_abandoned_epoch_leaves_nothing_behind(sealed: ShardSet) -> None:
                 pass
             for expected, batch in zip(whole, loader.epoch(1), strict=True):
                 assert torch.equal(batch.views, expected)
+
+
+def test_a_process_may_end_in_the_middle_of_an_epoch(sealed: ShardSet) -> None:
+    """Without a word: a traceback at the end of every script that breaks off hides real ones."""
+    code = (
+        "from pathlib import Path; from fino_fast.data import Loader, ShardSet, Views\n"
+        f"shards = ShardSet.open(Path({str(sealed.folder)!r}))\n"
+        "batches = Loader(shards, Views(size=8), 4, backend='dali').epoch(0)\n"
+        "next(batches)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("views", [SMALL, RICH, Views(size=20, normalize=False)])
