@@ -37,7 +37,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The kernels alone under the address and undefined-behaviour sanitizers; part of `make test`.
+# The kernels alone under the sanitizers of addresses, undefined behaviour and threads; part of `make test`.
 sanitize: setup
 	$(BIN)/python -m pytest tests/csrc
 

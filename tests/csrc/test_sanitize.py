@@ -1,8 +1,9 @@
-"""The torch-free kernels under AddressSanitizer and UndefinedBehaviorSanitizer, at every level."""
+"""The torch-free kernels under the sanitizers for addresses, undefined behaviour and threads."""
 
 import os
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import fino_fast._C as extension
@@ -17,23 +18,25 @@ LEVEL_FLAGS = {
 }
 FLAGS = [
     "-std=c++17", "-O1", "-g", "-fopenmp-simd", "-pthread", f"-I{CSRC}",
-    "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+    "-fno-sanitize-recover=all",
 ]  # fmt: skip
+# Threads are the same at every level, so one is enough for them.
+CASES = [("address,undefined", level) for level in extension.capabilities()]
+CASES.append(("thread", extension.capabilities()[0]))
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sweep_check.cpp with the kernels of all levels that this processor runs."""
+@cache
+def program(sanitizers: str, levels: tuple[str, ...], folder: Path) -> Path:
+    """sweep_check.cpp with the kernels of `levels`, built under `sanitizers`."""
     compiler = os.environ.get("CXX", "c++")
     assert shutil.which(compiler), "the native build needs it too"
-    folder = tmp_path_factory.mktemp("sanitize")
-    levels = [level for level in extension.capabilities() if level in LEVEL_FLAGS]
+    flags = [*FLAGS, f"-fsanitize={sanitizers}"]
     have = [f"-DFINO_HAVE_{level.upper()}" for level in levels]
     objects = []
     for level in levels:
         objects.append(str(folder / f"{level}.o"))
         source = str(CSRC / "cpu" / "epilogues.cpp")
-        command = [compiler, *FLAGS, *LEVEL_FLAGS[level], f"-DFINO_LEVEL={level}", "-c", source]
+        command = [compiler, *flags, *LEVEL_FLAGS[level], f"-DFINO_LEVEL={level}", "-c", source]
         subprocess.run([*command, "-o", objects[-1]], check=True)
     sources = [
         HERE / "sweep_check.cpp",
@@ -43,15 +46,20 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     program = folder / "sweep_check"
     subprocess.run(
-        [compiler, *FLAGS, *have, *map(str, sources), *objects, "-o", program], check=True
+        [compiler, *flags, *have, *map(str, sources), *objects, "-o", program], check=True
     )
     return program
 
 
-@pytest.mark.parametrize("level", extension.capabilities())
-def test_kernels_are_clean_and_right(program: Path, level: str) -> None:
+@pytest.mark.parametrize(("sanitizers", "level"), CASES)
+def test_kernels_are_clean_and_right(
+    sanitizers: str, level: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    levels = tuple(of for kind, of in CASES if kind == sanitizers)
+    folder = tmp_path_factory.getbasetemp() / sanitizers.replace(",", "-")
+    folder.mkdir(exist_ok=True)
     done = subprocess.run(
-        [program],
+        [program(sanitizers, levels, folder)],
         env=os.environ | {"FINO_CPU_CAPABILITY": level},
         capture_output=True,
         text=True,
