@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from fino_fast.data import ShardSet
 from fino_fast.data.engines import LocalEngine
 from fino_fast.data.ingest import Allowance, ingest
 from fino_fast.data.verify import verify
 from fino_fast.errors import ConfigError, DataError, TooManyRejectsError
 
-from .labs import Lab, Serial, pixels, png
+from .labs import Lab, Serial, make_lab, pixels, png
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -341,3 +342,29 @@ def test_no_image_at_all_or_no_row(lab: Lab) -> None:
     lab.table.write_text("id,file,camera,exposure,hour,defects,label,split\n", encoding="utf-8")
     with pytest.raises(DataError, match="has no rows"):
         ingest(lab.request(out=lab.root / "other"), Serial())
+
+
+@pytest.mark.parametrize(("chunk", "bucket"), [(1 << 9, 7), (1 << 10, 1000), (32 << 20, 13)])
+def test_pieces_of_table_and_shuffle_make_no_difference_to_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, bucket: int
+) -> None:
+    lab = make_lab(tmp_path / "lab", 60)
+    lab.ingest()
+    monkeypatch.setattr("fino_fast.data.table._CHUNK_BYTES", chunk)
+    monkeypatch.setattr("fino_fast.data.spill._BUCKET_ROWS", bucket)
+    lab.ingest(out=tmp_path / "again")
+    whole, pieces = (
+        (out / "plan-0000" / "rows.parquet").read_bytes() for out in (lab.out, tmp_path / "again")
+    )
+    assert whole == pieces
+    # Appended rows are found among those of several pieces, and so are contradictions.
+    for row in make_lab(tmp_path / "more", 90).rows[60:]:
+        (lab.images / row["file"]).write_bytes(
+            (tmp_path / "more/images" / row["file"]).read_bytes()
+        )
+        lab.rows.append(row)
+    lab.ingest(out=tmp_path / "again")
+    assert len(ShardSet.open(tmp_path / "again")) == 90
+    lab.rows[50]["camera"], lab.rows[3]["exposure"] = "other", "1.5"
+    with pytest.raises(DataError, match=r"differs .* in 2 cells.*\n(.|\n)*id 's0050': camera was"):
+        lab.ingest(out=tmp_path / "again")
