@@ -1,10 +1,5 @@
-"""Plots of the data benchmarks: images a second of every contender, one picture a benchmark.
+"""Plots of the data benchmarks: images a second of every contender, one picture a benchmark."""
 
-python benchmarks/data_plots.py benchmarks/results/benchmarks.json
-"""
-
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +9,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def plot_data(runs: list[dict[str, Any]], folder: Path) -> list[Path]:
+def plot_data(runs: list[dict[str, Any]], folder: Path) -> None:
     """Write `data_<benchmark>.png` for every benchmark that has peers.
 
     Args:
         runs: entries of pytest-benchmark's JSON with `images_per_second` in their `extra_info`.
         folder: where to write.
     """
-    written = []
     contested = [run for run in runs if run["extra_info"].get("speedup")]
     for group in sorted({run["name"].split("[")[0] for run in contested}):
         members = [run for run in contested if run["name"].split("[")[0] == group]
@@ -36,15 +30,5 @@ def plot_data(runs: list[dict[str, Any]], folder: Path) -> list[Path]:
             panel.bar_label(bars, fmt="%.0f", padding=3)
             panel.margins(x=0.15)
             panel.set(xlabel="images a second", title=run["name"].removeprefix("test_"))
-        path = folder / f"data_{group.removeprefix('test_')}.png"
-        figure.savefig(path, dpi=120)
+        figure.savefig(folder / f"data_{group.removeprefix('test_')}.png", dpi=120)
         plt.close(figure)
-        written.append(path)
-    return written
-
-
-if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    found = json.loads(source.read_text(encoding="utf-8"))["benchmarks"]
-    data = [run for run in found if "images_per_second" in run["extra_info"]]
-    print("\n".join(map(str, plot_data(data, source.parent))))

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from data_plots import plot_data
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,6 +34,7 @@ def main() -> None:
         for axis, value in (members[0]["params"] or {}).items():
             if isinstance(value, int):
                 plot(group.removeprefix("test_"), axis, members, source.parent)
+    plot_data(data, source.parent)
     readme = README.read_text(encoding="utf-8")
     before, rest = readme.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
@@ -70,15 +72,33 @@ def duration(seconds: float) -> str:
 
 
 def data_table(runs: list[dict[str, Any]]) -> str:
-    """Images a second of ingestion and loading, and how many times faster than each peer."""
+    """Images a second of ingestion and loading, and how many times faster than each peer.
+
+    Below it, a line each, what has a bar but no peer.
+    """
     peers = list(dict.fromkeys(peer for run in runs for peer in run["extra_info"]["speedup"]))
     lines = [["work", "images/s", *(f"× {p}" for p in peers)], ["---"] * (len(peers) + 2)]
+    alone = []
     for run in runs:
         info = run["extra_info"]
-        ratios = [f"{info['speedup'][p]:.2f}" if p in info["speedup"] else "–" for p in peers]
         name = run["name"].removeprefix("test_").replace("_", " ")
-        lines.append([name, f"{info['images_per_second']['ours']:.0f}", *ratios])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        if info["speedup"]:
+            ratios = [f"{info['speedup'][p]:.2f}" if p in info["speedup"] else "–" for p in peers]
+            lines.append([name, f"{info['images_per_second']['ours']:.0f}", *ratios])
+        else:
+            figures = [
+                f"{key.replace('_', ' ')} {figure(value)}"
+                for key, value in info.items()
+                if key not in ("speedup", "images_per_second")
+            ]
+            alone.append(f"* {name}: {'; '.join(figures)}\n")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + "".join(alone)
+
+
+def figure(value: float | dict[str, float]) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{number:.4g} ({name})" for name, number in value.items())
+    return f"{value:.4g}"
 
 
 def machine(runs: dict[str, Any]) -> str:
@@ -103,7 +123,7 @@ def plot(group: str, axis: str, runs: list[dict[str, Any]], folder: Path) -> Non
         if len(chosen) < 2:
             continue
         chosen.sort(key=lambda run: run["params"][axis])
-        figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        picture, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
         for panel, key, unit in zip(
             panels, ("seconds", "memory_mb"), ("seconds", "MB at the peak"), strict=True
         ):
@@ -118,10 +138,10 @@ def plot(group: str, axis: str, runs: list[dict[str, Any]], folder: Path) -> Non
             panel.grid(which="both", alpha=0.3)
         panels[0].legend()
         suffix = "".join(f", {o} = {v}" for o, v in zip(others, fixed, strict=True))
-        figure.suptitle(f"{group.replace('_', ' ')}{suffix}: forward + backward")
+        picture.suptitle(f"{group.replace('_', ' ')}{suffix}: forward + backward")
         name = "_".join([group, axis, *(f"{o}{v}" for o, v in zip(others, fixed, strict=True))])
-        figure.savefig(folder / f"{name}.png", dpi=120)
-        plt.close(figure)
+        picture.savefig(folder / f"{name}.png", dpi=120)
+        plt.close(picture)
 
 
 if __name__ == "__main__":
