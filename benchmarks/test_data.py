@@ -341,7 +341,7 @@ def test_first_batch(benchmark: Any, tmp_path: Path) -> None:
     bytes_a_sample = {
         kind: (large[kind] - small[kind]) / (10**7 - 10**6) for kind in ("resident", "own")
     }
-    assert bytes_a_sample["resident"] <= 32.5  # a page more or less of what does not grow
+    assert bytes_a_sample["resident"] <= 32
     assert bytes_a_sample["own"] <= 1
     seconds = statistics.median(run["seconds"] for run in runs[1:])
     benchmark.extra_info |= {

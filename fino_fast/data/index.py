@@ -1,4 +1,4 @@
-"""`index-*.npy`: 32 bytes a sample, memory-mapped and so shared by all processes of a machine."""
+"""`index-*.npy`: 28 bytes a sample, memory-mapped and so shared by all processes of a machine."""
 
 import io
 from pathlib import Path
@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 
 from fino_fast.errors import DataError
 
+from .tar import BLOCK
+
 RECORD = np.dtype(
     [
-        ("offset", "<u8"),
+        ("block", "<u4"),  # of 512 bytes: where a tar's members begin
         ("size", "<u4"),
         ("shard", "<u4"),
         ("height", "<u4"),
@@ -21,7 +23,7 @@ RECORD = np.dtype(
         ("form", "u1"),
     ]
 )
-assert RECORD.itemsize == 32
+assert RECORD.itemsize == 28
 
 FORMS = [("jpg", "uint8"), ("png", "uint8"), ("png", "uint16")] + [
     ("tiff", dtype) for dtype in ("uint8", "uint16", "float32")
@@ -29,6 +31,11 @@ FORMS = [("jpg", "uint8"), ("png", "uint8"), ("png", "uint16")] + [
 """(extension, dtype) of each value of `form`; only ever appended to."""
 
 Index = NDArray[np.void]
+
+
+def place_of(record: np.void) -> tuple[int, int, int]:
+    """(number of the shard, byte in it where the sample begins, bytes of the sample)."""
+    return int(record["shard"]), int(record["block"]) * BLOCK, int(record["size"])
 
 
 def npy_header(dtype: np.dtype[np.void], count: int) -> bytes:
@@ -79,10 +86,9 @@ def read_index(path: Path, samples: int, shard_sizes: list[int], splits: int) ->
     for start in range(0, samples, chunk):
         part = index[start : start + chunk]
         shard = np.minimum(part["shard"], len(shard_sizes))
-        ends = part["offset"] + part["size"]
+        ends = part["block"].astype(np.uint64) * BLOCK + part["size"]
         bad = (
             (ends > sizes[shard])
-            | (ends < part["offset"])
             | (part["form"] >= len(FORMS))
             | (part["split"] >= splits)
             | (part["size"] == 0)

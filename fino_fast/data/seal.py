@@ -23,6 +23,7 @@ from .manifest import MANIFEST, Manifest, SealedFile
 from .metadata import pack, record_type
 from .plan import FACTOR, Plan, plan_folder, planned_ids
 from .schema import Schema
+from .tar import BLOCK
 from .write import Receipt
 
 REJECTS = "rejects.parquet"
@@ -103,14 +104,15 @@ def _write_index(path: Location, out: Location, receipts: list[Receipt], schema:
     if samples == 0:
         raise DataError(f"{out}: not one image could be taken; see {REJECTS}")
     columns = ["status", "split", "extension", "dtype"]
-    numbers = ["offset", "size", "height", "width", "channels", "crc32"]
+    numbers = ["size", "height", "width", "channels", "crc32"]
     splits = pa.array(schema.splits, pa.string())
     with committed(path) as file:
         file.write(npy_header(RECORD, samples))
-        for number, table in enumerate(_sidecars(out, receipts, columns + numbers)):
+        for number, table in enumerate(_sidecars(out, receipts, [*columns, "offset", *numbers])):
             table = table.filter(pc.equal(table["status"], "ok"))
             records = np.zeros(len(table), dtype=RECORD)
             records["shard"] = number
+            records["block"] = table["offset"].to_numpy() // BLOCK
             for name in numbers:
                 records[name] = table[name].to_numpy()
             records["split"] = pc.index_in(table["split"], value_set=splits).to_numpy()

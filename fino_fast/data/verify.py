@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from fino_fast.errors import DataError
 
 from .files import Location, open_read, parquet_source, sha256_of
-from .index import FORMS
+from .index import FORMS, place_of
 from .manifest import SealedShard
 from .shardset import ShardSet, check_file
 from .tar import BLOCK, member_header
@@ -84,8 +84,7 @@ def _verify_shard(shards: ShardSet, number: int, shard: SealedShard, first: int)
 
         for sample, record in zip(samples, records, strict=True):
             name = f"{sample['row']:012d}.{sample['extension']}"
-            found = (int(record["shard"]), int(record["offset"]), int(record["size"]))
-            if found != (number, sample["offset"], sample["size"]):
+            if place_of(record) != (number, sample["offset"], sample["size"]):
                 raise DataError(f"{name} (id {sample['id']!r}): the index points elsewhere")
             if FORMS[record["form"]] != (sample["extension"], sample["dtype"]):
                 raise DataError(f"{name} (id {sample['id']!r}): the index names another form")

@@ -376,7 +376,7 @@ def test_senseless_arguments(sealed: ShardSet) -> None:
 
 
 def test_opening_reads_no_more_than_the_index(sealed: ShardSet, tmp_path: Path) -> None:
-    """32 bytes a sample, and only what is asked for of the rest."""
-    assert sealed.index.dtype.itemsize == 32
+    """28 bytes a sample, and only what is asked for of the rest."""
+    assert sealed.index.dtype.itemsize == 28
     assert isinstance(sealed.index, np.memmap)
     assert "ids" not in ShardSet.open(sealed.folder).__dict__

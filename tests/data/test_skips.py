@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fino_fast.data import Loader, ShardSet, Views
+from fino_fast.data.index import place_of
 from fino_fast.data.remote import Remote
 from fino_fast.errors import ConfigError, DataError
 
@@ -27,10 +28,10 @@ def damage(folder: Path, ids: list[str]) -> ShardSet:
     """Flip a byte in the middle of the images with these ids."""
     shards = ShardSet.open(folder)
     for row in (list(shards.ids).index(each) for each in ids):
-        record = shards.index[row]
-        name = shards.manifest.shards[int(record["shard"])].name
+        shard, offset, size = place_of(shards.index[row])
+        name = shards.manifest.shards[shard].name
         with (folder / f"{name}.tar").open("r+b") as tar:
-            place = int(record["offset"]) + int(record["size"]) // 2
+            place = offset + size // 2
             tar.seek(place)
             byte = tar.read(1)[0]
             tar.seek(place)

@@ -44,5 +44,5 @@ def test_more_blocks_than_are_counted_at_a_time() -> None:
 def test_it_keeps_eight_bytes_for_512_samples(samples: int) -> None:
     split = Split(index_of(np.zeros(samples, np.uint16)), 0)
     assert sum(a.nbytes for a in vars(split).values() if isinstance(a, np.ndarray)) == (
-        samples * 32 + 8 * (-(-samples // 512) + 1)
+        samples * RECORD.itemsize + 8 * (-(-samples // 512) + 1)
     )

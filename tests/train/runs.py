@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fino_fast.data import ShardSet
+from fino_fast.data.index import place_of
 from fino_fast.train import TrainConfig
 
 IMAGES, BATCH, EPOCHS = 28, 8, 2
@@ -52,9 +53,9 @@ def damaged_copy(shards: Path, target: Path, count: int) -> Path:
     shutil.copytree(shards, target)
     opened = ShardSet.open(target)
     for row in opened.rows_of("adapt")[::count].tolist():
-        record = opened.index[row]
-        name = opened.manifest.shards[int(record["shard"])].name
-        place = int(record["offset"]) + int(record["size"]) // 2
+        shard, offset, size = place_of(opened.index[row])
+        name = opened.manifest.shards[shard].name
+        place = offset + size // 2
         with (target / f"{name}.tar").open("r+b") as tar:
             tar.seek(place)
             byte = tar.read(1)[0]
