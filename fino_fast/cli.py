@@ -16,6 +16,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "ingest": ("fino_fast.data.commands", "Ingest", "table + images → sealed shards"),
     "verify": ("fino_fast.data.commands", "Verify", "check every count, size and hash of shards"),
     "inspect": ("fino_fast.data.commands", "Inspect", "a contact sheet and every factor's values"),
+    "audit": (
+        "fino_fast.evaluate.audit_command",
+        "Audit",
+        "what the metadata can teach, before training",
+    ),
     "train": ("fino_fast.train.commands", "Train", "adapt a backbone on shards"),
     "embed": ("fino_fast.evaluate.commands", "Embed", "embeddings of shards by a backbone"),
     "evaluate": ("fino_fast.evaluate.commands", "Evaluate", "probes and leakage on embeddings"),
