@@ -89,7 +89,7 @@ def alone(factor: FactorAudit, adaptation_split: str) -> Iterator[Advice]:
     """
     name = repr(factor.name)
     if factor.missing == 1:
-        yield Advice("missing", [factor.name], f"{name} has no value in any sample.")
+        yield Advice("missing", [factor.name], f"{name} is missing in every sample.")
         return
     if factor.missing > MISSING:
         yield Advice(
