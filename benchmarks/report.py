@@ -6,6 +6,7 @@ python benchmarks/report.py benchmarks/results/benchmarks.json
 import argparse
 import json
 import platform
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,15 @@ def main() -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Ratios of median times: how many times faster the native backend is than each peer."""
-    peers = list(dict.fromkeys(peer for run in runs for peer in run["extra_info"]["speedup"]))
-    head = ["work (forward + backward)", "time", *(f"× {p}" for p in peers), "GEMM", "memory"]
-    lines = [" | ".join(head), " | ".join(["---"] * len(head))]
+    """Ratios of median times: how many times faster the native backend is than each peer.
+
+    Below it, a line each, what is compared with a form of itself only.
+    """
+    counted = Counter(peer for run in runs for peer in run["extra_info"]["speedup"])
+    peers = [peer for peer, count in counted.items() if count > 1]
+    head = ["work (forward + backward)", "time", "rounds", *(f"× {p}" for p in peers)]
+    head += ["GEMM", "memory"]
+    lines, alone = [" | ".join(head), " | ".join(["---"] * len(head))], []
     for run in runs:
         info = run["extra_info"]
         name = run["name"].split("[")[0].removeprefix("test_").replace("_", " ")
@@ -54,21 +60,29 @@ def table(runs: list[dict[str, Any]]) -> str:
             f"{key} = {value:,}" if isinstance(value, int) else value
             for key, value in (run["params"] or {}).items()
         ]
-        memory = info["memory_mb"]
+        memory, speedup = info["memory_mb"], info["speedup"]
+        work, time = ", ".join([name, *sizes]), duration(info["seconds"]["native"])
+        if speedup and not set(speedup) & set(peers):
+            ratios = [f"{ratio:.2f} × {peer}" for peer, ratio in speedup.items()]
+            alone.append(f"* {work}: {time}, {', '.join(ratios)}\n")
+            continue
         others = [f"{peer} {memory[peer]:.0f}" for peer in list(memory)[1:2]]
         cells = [
-            ", ".join([name, *sizes]),
-            duration(info["seconds"]["native"]),
-            *(f"{info['speedup'][p]:.2f}" if p in info["speedup"] else "–" for p in peers),
+            work,
+            time,
+            str(info["rounds"]),
+            *(f"{speedup[p]:.2f}" if p in speedup else "–" for p in peers),
             f"{info['gemm_share']:.0%}" if info["gemm_share"] else "–",
             " ".join([f"{memory['native']:.0f} MB", *(f"({other})" for other in others)]),
         ]
         lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+    return "\n".join(f"| {line} |" for line in lines) + "\n\n" + "".join(alone)
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms" if seconds >= 0.01 else f"{seconds * 1e6:.0f} µs"
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def data_table(runs: list[dict[str, Any]]) -> str:

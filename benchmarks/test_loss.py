@@ -69,7 +69,7 @@ class Case:
             z, p = (t.detach().to(dtype).requires_grad_() for t in (z, p))
         if balance:
             criterion.train()  # only then are the norms taken
-            criterion.heads["prototype"].update = lambda teacher, labels: None
+            criterion._update_banks = lambda teacher, values: None
         leaves = [z, p, *criterion.parameters()]
 
         def run() -> list[Tensor]:

@@ -181,11 +181,15 @@ def _heads_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
             )[2:]
             for tensor in tensors
         ]
-    # An empty tensor is a gradient that nobody wanted.
-    scaled = [
-        (tensor * grad[index % size]).to(dtype) if tensor.numel() else None
-        for index, (tensor, dtype) in enumerate(zip(saved, ctx.dtypes, strict=True))
-    ]
+    scaled: list[Tensor | None] = []
+    for index, (tensor, dtype) in enumerate(zip(saved, ctx.dtypes, strict=True)):
+        factor = grad[index % size]
+        if not tensor.numel():  # a gradient that nobody wanted
+            scaled.append(None)
+        elif ctx.deferred:  # just made, and perhaps as large as memory allows
+            scaled.append(tensor.mul_(factor).to(dtype))
+        else:
+            scaled.append((tensor * factor).to(dtype))
     parts = [scaled[i : i + size] for i in range(0, 3 * size, size)]
     return (*parts, [None] * size, [None] * size, [None] * size, None, None, None, None)
 

@@ -120,8 +120,10 @@ void pair_sweep(const Runtime<T>& runtime, const T* unit, int64_t n, int64_t d, 
 
 template <typename T>
 int64_t block_rows(int64_t rows, int64_t columns) {
+  // Fewer rows would not be worth a pass over a bank that fits no cache: 192 MB for a million columns.
+  constexpr int64_t fewest = 48;
   const int64_t fit = scratch_bytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(columns, 1);
-  return std::clamp<int64_t>(fit, 16, std::max<int64_t>(rows, 16));
+  return std::clamp<int64_t>(fit, fewest, std::max(rows, fewest));
 }
 
 // Large enough for the library's product to run near its full rate, small enough for a second-level
