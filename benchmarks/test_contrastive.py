@@ -7,8 +7,10 @@ import torch
 from contest import Step, gradients, measure
 from torch import Tensor
 
-from fino_fast.eager import Eager
 from fino_fast.native import Native
+from fino_fast.reference import contrastive_rows
+from fino_fast.terms import ContrastiveCall
+from fino_fast.terms import Step as Terms
 
 # Above these their several N×N (or pairs × pairs) arrays do not fit 24 GB or a minute.
 LARGEST = {"eager": 16_384, "torch.compile": 16_384, "lightly": 8192, "metric-learning": 512}
@@ -42,17 +44,22 @@ def test_two_towers(benchmark: Any, rows: int, width: int) -> None:
 
 def _contest(benchmark: Any, p: Tensor, two_tower: bool) -> None:
     rows, width = p.shape
-    scale = torch.tensor(10.0)
+    scale = torch.tensor(10.0, dtype=torch.float64)
 
     def dense(x: Tensor) -> Tensor:
         # What people write: half precision under autocast.
         with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
-            return Eager().contrastive(x, scale, 2, two_tower)
+            return contrastive_rows(x, x, scale, 2, 0, two_tower).mean()
+
+    def native(x: Tensor) -> Tensor:
+        term = Native().step(Terms(ContrastiveCall(x, scale, 2, two_tower))).contrastive
+        assert term is not None
+        return term
 
     torch.compiler.reset()
     compiled = torch.compile(dense)
     steps: dict[str, Step] = {
-        "native": lambda: gradients(Native().contrastive(p, scale, 2, two_tower), [p]),
+        "native": lambda: gradients(native(p), [p]),
         "eager": lambda: gradients(dense(p), [p]),
         "torch.compile": lambda: gradients(compiled(p), [p]),
     }
@@ -62,14 +69,14 @@ def _contest(benchmark: Any, p: Tensor, two_tower: bool) -> None:
     # Dense fp64 of the largest does not fit either: there the sweep's own fp64 is the measure,
     # which the tests hold against the oracle.
     wide = p.detach().double().requires_grad_()
-    exact = Eager() if rows <= 8192 else Native()
+    exact = dense if rows <= 8192 else native
     pairs = (rows / 2) ** 2 if two_tower else rows**2 / 2
     measure(
         benchmark,
         steps,
         # Every pair once for the sums, once for the weights, and two products of these with rows.
         flops=4 * 2 * pairs * width,
-        exact=gradients(exact.contrastive(wide, scale.double(), 2, two_tower), [wide]),
+        exact=gradients(exact(wide), [wide]),
     )
 
 

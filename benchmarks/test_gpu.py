@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fino_fast import Categorical, Continuous, FinoLoss, InfoNCE
 from fino_fast.reference import contrastive_rows
-from fino_fast.terms import HeadCall
+from fino_fast.terms import ContrastiveCall, HeadCall
+from fino_fast.terms import Step as Terms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,9 +102,8 @@ def test_linear_head(benchmark: Any, rows: int, classes: int) -> None:
         return F.cross_entropy(F.linear(x, weight), target)
 
     def triton() -> Tensor:
-        return backend.heads([HeadCall("linear", x, weight, bias, target, inv_count)], False)[
-            0
-        ].loss
+        call = HeadCall("linear", x, weight, bias, target, inv_count)
+        return backend.step(Terms(heads=[call])).guides
 
     torch.compiler.reset()
     compiled = torch.compile(dense)
@@ -136,7 +136,7 @@ def test_contrastive(benchmark: Any, images: int) -> None:
     torch.compiler.reset()
     compiled = torch.compile(dense)
     losses: dict[str, Callable[[], Tensor]] = {
-        "triton": lambda: backend.contrastive(p, scale, 2, False),
+        "triton": lambda: backend.step(Terms(ContrastiveCall(p, scale, 2))).contrastive,
         "eager": lambda: dense(p),
         "torch.compile": lambda: compiled(p),
     }

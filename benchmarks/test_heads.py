@@ -12,7 +12,8 @@ from fino_fast import Categorical
 from fino_fast.eager import Eager
 from fino_fast.heads import PrototypeHead
 from fino_fast.native import Native
-from fino_fast.terms import HeadCall
+from fino_fast.terms import Backend, HeadCall
+from fino_fast.terms import Step as Terms
 
 ROWS, DIM = 4096, 768
 # Rows a chunk of F.linear_cross_entropy; its default is slow on a CPU.
@@ -36,7 +37,7 @@ def _linear(benchmark: Any, rows: int, dim: int, classes: int, dtype: torch.dtyp
 
     def native() -> list[Tensor]:
         call = HeadCall("linear", x, weight, bias, target, torch.tensor(1 / rows))
-        return gradients(Native().heads([call], False)[0].loss, leaves)
+        return gradients(_guide(Native(), call), leaves)
 
     steps: dict[str, Step] = {
         "native": native,
@@ -52,6 +53,12 @@ def _linear(benchmark: Any, rows: int, dim: int, classes: int, dtype: torch.dtyp
     else:  # gigabytes even in fp32: the peer is the measure
         exact = [tensor.double() for tensor in gradients(chunked(*leaves), leaves)]
     measure(benchmark, steps, flops=3 * 2 * rows * classes * dim, exact=exact)
+
+
+def _guide(backend: Backend, call: HeadCall) -> Tensor:
+    loss = backend.step(Terms(heads=[call])).guides
+    assert loss is not None
+    return loss
 
 
 @pytest.mark.parametrize("classes", [100, 1000, 10_000])
@@ -81,10 +88,10 @@ def test_prototype_head(benchmark: Any, classes: int) -> None:
     phi, counts = torch.full((classes,), 0.1), torch.ones(classes, dtype=torch.int64)
     target = torch.randint(0, classes, (ROWS,))
 
-    def loss(backend: Eager, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def loss(backend: Backend, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         inv_count = torch.tensor(1 / ROWS, dtype=dtype)
         call = HeadCall("prototype", x, bank, phi, target, inv_count, counts=counts)
-        return backend.heads([call], False)[0].loss
+        return _guide(backend, call)
 
     torch.compiler.reset()
     compiled = torch.compile(lambda x: loss(Eager(), x))

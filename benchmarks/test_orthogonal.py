@@ -7,9 +7,11 @@ import torch
 from contest import Step, gradients, measure
 from torch import Tensor
 
-from fino_fast.eager import Eager
 from fino_fast.factors import Role
 from fino_fast.native import Native
+from fino_fast.reference import orthogonal
+from fino_fast.terms import OrthogonalCall
+from fino_fast.terms import Step as Terms
 
 ROWS, DIM = 4096, 768
 
@@ -24,12 +26,17 @@ def test_orthogonal(benchmark: Any, groups: int, role: Role) -> None:
     wide = z.detach().double().requires_grad_()
 
     def dense(z: Tensor) -> Tensor:
-        return Eager().orthogonal(z, labels, role)
+        return orthogonal(z, labels, role)
+
+    def native() -> list[Tensor]:
+        term = Native().step(Terms(orthogonal=[OrthogonalCall(z, labels, role)])).orthogonal
+        assert term is not None
+        return gradients(term, [z])
 
     torch.compiler.reset()
     compiled = torch.compile(dense)
     steps: dict[str, Step] = {
-        "native": lambda: gradients(Native().orthogonal(z, labels, role), [z]),
+        "native": native,
         "eager": lambda: gradients(dense(z), [z]),
         "torch.compile": lambda: gradients(compiled(z), [z]),
     }

@@ -8,8 +8,54 @@ from torch import Tensor
 
 from . import reference
 from .distributed import gather_views, rank
-from .factors import Role
-from .terms import HeadCall, HeadResult
+from .terms import ContrastiveCall, HeadCall, HeadResult, OrthogonalCall, Step, StepResult
+
+
+class Eager:
+    """Plain PyTorch on any device, dense matrices and all."""
+
+    def step(self, step: Step) -> StepResult:
+        """See `terms.Backend`."""
+        contrastive = None if step.contrastive is None else _contrastive(step.contrastive)
+        heads = [_head(call, step.balanced) for call in step.heads]
+        overlaps = [_overlap(call) for call in step.orthogonal]
+        guides = orthogonal = None
+        if heads and not step.balanced:
+            guides = weighted_sum([call.weight for call in step.heads], [h.loss for h in heads])
+        if overlaps:
+            orthogonal = weighted_sum([call.weight for call in step.orthogonal], overlaps)
+        return StepResult(
+            contrastive,
+            guides,
+            heads,
+            orthogonal,
+            [overlap.detach() for overlap in overlaps],
+        )
+
+
+def weighted_sum(weights: list[float], values: list[Tensor]) -> Tensor:
+    """Σ weight · value of 0-d tensors."""
+    stacked = torch.stack(values)
+    return (reference.constants(weights, stacked).to(stacked.dtype) * stacked).sum()
+
+
+def _contrastive(call: ContrastiveCall) -> Tensor:
+    columns = gather_views(call.rows, call.views)
+    first = rank() * (call.rows.shape[0] // call.views)
+    per_row = reference.contrastive_rows(
+        call.rows, columns, call.logit_scale, call.views, first, call.two_tower
+    )
+    return per_row.sum() / columns.shape[0]
+
+
+def _head(call: HeadCall, want_gradient: bool) -> HeadResult:
+    if not want_gradient:
+        return HeadResult(*head_loss(call, call.guided))
+    loss, pullback, metric = cast(
+        tuple[Tensor, Callable[[Tensor], tuple[Tensor]], Tensor],
+        torch.func.vjp(lambda x: head_loss(call, x), call.guided, has_aux=True),
+    )
+    return HeadResult(loss, metric, pullback(torch.ones_like(loss))[0].detach())
 
 
 def head_loss(call: HeadCall, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,27 +74,8 @@ def head_loss(call: HeadCall, x: Tensor) -> tuple[Tensor, Tensor]:
     return loss * call.inv_count, metric * call.inv_count
 
 
-class Eager:
-    """Plain PyTorch on any device, dense matrices and all."""
-
-    def contrastive(self, rows: Tensor, logit_scale: Tensor, views: int, two_tower: bool) -> Tensor:
-        columns = gather_views(rows, views)
-        first = rank() * (rows.shape[0] // views)
-        per_row = reference.contrastive_rows(rows, columns, logit_scale, views, first, two_tower)
-        return per_row.sum() / columns.shape[0]
-
-    def heads(self, calls: list[HeadCall], want_gradient: bool) -> list[HeadResult]:
-        return [self._head(call, want_gradient) for call in calls]
-
-    def _head(self, call: HeadCall, want_gradient: bool) -> HeadResult:
-        if not want_gradient:
-            return HeadResult(*head_loss(call, call.guided))
-        loss, pullback, metric = cast(
-            tuple[Tensor, Callable[[Tensor], tuple[Tensor]], Tensor],
-            torch.func.vjp(lambda x: head_loss(call, x), call.guided, has_aux=True),
-        )
-        return HeadResult(loss, metric, pullback(torch.ones_like(loss))[0].detach())
-
-    def orthogonal(self, z: Tensor, metadata: Tensor, role: Role) -> Tensor:
-        # As one view: the order of the rows does not matter here.
-        return reference.orthogonal(gather_views(z, 1), gather_views(metadata, 1), role)
+def _overlap(call: OrthogonalCall) -> Tensor:
+    # As one view: the order of the rows does not matter here.
+    return reference.orthogonal(
+        gather_views(call.guided, 1), gather_views(call.design, 1), call.role
+    )

@@ -22,7 +22,15 @@ from .reference import (
     scaled_target,
     trainable_target,
 )
-from .terms import HeadCall, HeadResult, Kind
+from .terms import (
+    ContrastiveCall,
+    HeadCall,
+    HeadResult,
+    Kind,
+    OrthogonalCall,
+    Step,
+    StepResult,
+)
 
 Terms = dict[str, Tensor]
 # From a gradient at a head's hidden features to the gradient at the embedding; None without MLP.
@@ -199,15 +207,29 @@ class FinoLoss(nn.Module):
         self._check_views(views)
 
         dtype = accumulation_dtype(z.dtype)
+        # The backward pass may come after the next set_progress.
+        guidance = frozen(self.guidance.clone())
+        heads, pullbacks = self._head_calls(z, values, dtype, guidance)
+        step = Step(
+            None if self.contrastive is None else self._contrastive_call(p, views, dtype),
+            heads,
+            self._orthogonal_calls(z, values, dtype, guidance),
+            self.balance,
+        )
+        with torch.autocast(z.device.type, enabled=False):
+            result = resolve(self.backend, z.device).step(step)
         terms: Terms = {}
         total = z.new_zeros((), dtype=dtype)
-        if self.contrastive is not None:
-            term = self._contrastive(p, views, dtype)
-            terms["contrastive"] = term.detach()
-            total = total + self.contrastive_weight * term
+        if result.contrastive is not None:
+            contrastive = _whole(result.contrastive)
+            terms["contrastive"] = contrastive.detach()
+            total = total + self.contrastive_weight * contrastive
         if self.factors:
-            total = total + self._guides(z, values, dtype, terms)
-            total = total + self._orthogonal(z, values, dtype, terms)
+            total = total + self._guides(result, pullbacks, dtype, terms)
+        if result.orthogonal is not None:
+            total = total + result.orthogonal
+            for factor, overlap in zip(self._with_orthogonal(), result.overlaps, strict=True):
+                terms[f"{factor.name}/orthogonal"] = overlap
         terms["lambda"] = self.guidance.detach().clone()
         if self.training:
             self._update_banks(stacked.detach() if teacher is None else teacher, values)
@@ -245,46 +267,42 @@ class FinoLoss(nn.Module):
         if self.contrastive.two_tower and views != 2:
             raise ValueError(f"InfoNCE(two_tower=True) needs exactly 2 views, found V={views}")
 
-    def _contrastive(self, p: Tensor, views: int, dtype: torch.dtype) -> Tensor:
+    def _contrastive_call(self, p: Tensor, views: int, dtype: torch.dtype) -> ContrastiveCall:
         assert self.contrastive is not None
         if self.contrastive.learnable:
             logit_scale = (-self.log_temperature.to(dtype)).exp().squeeze(0)
         else:
             logit_scale = p.new_full((), 1 / self.contrastive.temperature, dtype=dtype)
-        with torch.autocast(p.device.type, enabled=False):
-            share = resolve(self.backend, p.device).contrastive(
-                p, logit_scale, views, self.contrastive.two_tower
-            )
-        return _whole(share)
+        return ContrastiveCall(p, logit_scale, views, self.contrastive.two_tower)
 
-    def _guides(
-        self, z: Tensor, values: dict[str, Tensor], dtype: torch.dtype, terms: Terms
-    ) -> Tensor:
-        """Σ_f s_f · weight_f · L_f; enters L_f and its metric into `terms`."""
-        # The backward pass may come after the next set_progress.
-        guidance = {
-            "preserve": frozen(self.guidance.clone()),
-            "suppress": frozen(-self.guidance),
-        }
+    def _with_orthogonal(self) -> list[Factor]:
+        return [factor for factor in self.factors if factor.orthogonal]
+
+    def _orthogonal_calls(
+        self, z: Tensor, values: dict[str, Tensor], dtype: torch.dtype, guidance: Tensor
+    ) -> list[OrthogonalCall]:
+        calls = []
+        for factor in self._with_orthogonal():
+            value = values[factor.name]
+            if isinstance(factor, Continuous):
+                value = scaled_target(factor, value, dtype)
+            calls.append(
+                OrthogonalCall(z, rows_of(value, z), factor.role, guidance, factor.orthogonal)
+            )
+        return calls
+
+    def _head_calls(
+        self, z: Tensor, values: dict[str, Tensor], dtype: torch.dtype, guidance: Tensor
+    ) -> tuple[list[HeadCall], list[Pullback]]:
+        signed = {"preserve": guidance, "suppress": -guidance}
         calls, pullbacks = [], []
         for factor in self.factors:
             call, pullback = self._head_call(
-                factor, z, values[factor.name], dtype, guidance[factor.role]
+                factor, z, values[factor.name], dtype, signed[factor.role]
             )
             calls.append(call)
             pullbacks.append(pullback)
-        with torch.autocast(z.device.type, enabled=False):
-            results = resolve(self.backend, z.device).heads(calls, self.balance)
-        losses = torch.stack([_whole(result.loss) for result in results]).to(dtype)
-        metrics = sum_over_ranks(torch.stack([result.metric for result in results]))
-        for index, factor in enumerate(self.factors):
-            terms[factor.name] = losses[index].detach()
-            metric = "accuracy" if isinstance(factor, Categorical) else "mse"
-            terms[f"{factor.name}/{metric}"] = metrics[index]
-        weights = constants([factor.weight for factor in self.factors], losses).to(dtype)
-        if self.balance:
-            weights = weights * self._balance(results, pullbacks).to(dtype)
-        return (weights * losses).sum()
+        return calls, pullbacks
 
     def _head_call(
         self,
@@ -300,7 +318,7 @@ class FinoLoss(nn.Module):
             inv_count = _inverse(sum_over_ranks((target >= 0).sum()), dtype)
             call = HeadCall(
                 "prototype", z, head.centroids, head.temperatures, target, inv_count, 0,
-                head.counts, guidance,
+                head.counts, guidance, factor.weight,
             )  # fmt: skip
             return call, None
         assert isinstance(head, LinearHead)
@@ -324,9 +342,25 @@ class FinoLoss(nn.Module):
             valid = target >= 0
         inv_count = _inverse(sum_over_ranks(valid.sum()), dtype)
         call = HeadCall(
-            kind, x, head.weight, head.bias, target, inv_count, smoothing, guidance=guided
-        )
+            kind, x, head.weight, head.bias, target, inv_count, smoothing, None, guided,
+            factor.weight,
+        )  # fmt: skip
         return call, pullback
+
+    def _guides(
+        self, result: StepResult, pullbacks: list[Pullback], dtype: torch.dtype, terms: Terms
+    ) -> Tensor:
+        """Σ_f s_f · weight_f · L_f; enters L_f and its metric into `terms`."""
+        losses = torch.stack([_whole(head.loss) for head in result.heads]).to(dtype)
+        metrics = sum_over_ranks(torch.stack([head.metric for head in result.heads]))
+        for index, factor in enumerate(self.factors):
+            terms[factor.name] = losses[index].detach()
+            metric = "accuracy" if isinstance(factor, Categorical) else "mse"
+            terms[f"{factor.name}/{metric}"] = metrics[index]
+        if result.guides is not None:
+            return _whole(result.guides).to(dtype)
+        weights = constants([factor.weight for factor in self.factors], losses).to(dtype)
+        return (weights * self._balance(result.heads, pullbacks).to(dtype) * losses).sum()
 
     @torch.no_grad()
     def _balance(self, results: list[HeadResult], pullbacks: list[Pullback]) -> Tensor:
@@ -347,28 +381,6 @@ class FinoLoss(nn.Module):
             moved = BALANCE_MOMENTUM * before + (1 - BALANCE_MOMENTUM) * now
             self.balance_norms.copy_(torch.where(before > 0, moved, now))
         return balance_scales(self.balance_norms)
-
-    def _orthogonal(
-        self, z: Tensor, values: dict[str, Tensor], dtype: torch.dtype, terms: Terms
-    ) -> Tensor:
-        """Σ_f orthogonal_f · R_f; enters R_f into `terms`."""
-        total = z.new_zeros((), dtype=dtype)
-        # The backward pass may come after the next set_progress.
-        guidance = frozen(self.guidance.clone())
-        for factor in self.factors:
-            if not factor.orthogonal:
-                continue
-            value = values[factor.name]
-            if isinstance(factor, Continuous):
-                value = scaled_target(factor, value, dtype)
-            rows = rows_of(value, z)
-            with torch.autocast(z.device.type, enabled=False):
-                term = resolve(self.backend, z.device).orthogonal(
-                    scale_gradient(z, guidance), rows, factor.role
-                )
-            terms[f"{factor.name}/orthogonal"] = term.detach()
-            total = total + factor.orthogonal * term
-        return total
 
     def _update_banks(self, teacher: Tensor, values: dict[str, Tensor]) -> None:
         banks = {name: head for name, head in self.heads.items() if isinstance(head, PrototypeHead)}

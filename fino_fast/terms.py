@@ -1,5 +1,6 @@
-"""What the loss asks of a backend: the terms of the objective as calls on flat rows."""
+"""What the loss asks of a backend: the terms of one step as calls on flat rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -9,6 +10,23 @@ from .factors import Role
 from .reference import scale_gradient
 
 Kind = Literal["linear", "prototype", "identity", "sigmoid", "tanh"]
+
+
+@dataclass
+class ContrastiveCall:
+    """The contrastive term over the local rows.
+
+    Attributes:
+        rows: [V·B, P], view-major.
+        logit_scale: 0-d, 1/τ.
+        views: V.
+        two_tower: CLIP's form; V = 2.
+    """
+
+    rows: Tensor
+    logit_scale: Tensor
+    views: int
+    two_tower: bool = False
 
 
 @dataclass
@@ -25,6 +43,7 @@ class HeadCall:
         label_smoothing: ε.
         counts: [K] int64, rows seen of every class; for `prototype`.
         guidance: 0-d, sign·λ, by which the gradient that reaches `x` is multiplied; None is 1.
+        weight: weight_f of the guide in the sum of all guides.
     """
 
     kind: Kind
@@ -36,6 +55,7 @@ class HeadCall:
     label_smoothing: float = 0.0
     counts: Tensor | None = None
     guidance: Tensor | None = None
+    weight: float = 1.0
 
     @property
     def guided(self) -> Tensor:
@@ -48,9 +68,9 @@ class HeadResult:
     """What a head returns of the local rows; sums are divided by the count of all ranks.
 
     Attributes:
-        loss: 0-d, differentiable in `x` and, but for prototypes, in `bank` and `offset`.
+        loss: 0-d L_f, unweighted. Differentiable where the step is balanced.
         metric: 0-d detached: accuracy, or the mean squared error.
-        gradient: [N, D] detached ∂loss/∂x without the guidance, where it was asked for.
+        gradient: [N, D] detached ∂loss/∂x without the guidance, where the step is balanced.
     """
 
     loss: Tensor
@@ -58,21 +78,73 @@ class HeadResult:
     gradient: Tensor | None = None
 
 
+@dataclass
+class OrthogonalCall:
+    """The orthogonal suppression term of one factor over the local rows.
+
+    Attributes:
+        z: [N, D].
+        design: [N] int64 (−1 takes no part), or [N, d] scaled values (rows with a NaN take none).
+        role: of the factor.
+        guidance: 0-d, λ, by which the gradient that reaches `z` is multiplied; None is 1.
+        weight: orthogonal_f in the sum of these terms.
+    """
+
+    z: Tensor
+    design: Tensor
+    role: Role
+    guidance: Tensor | None = None
+    weight: float = 1.0
+
+    @property
+    def guided(self) -> Tensor:
+        """`z`, whose gradient is multiplied by `guidance`."""
+        return self.z if self.guidance is None else scale_gradient(self.z, self.guidance)
+
+
+@dataclass
+class Step:
+    """All terms of one step.
+
+    Attributes:
+        contrastive: None where there is no such term.
+        heads: one entry a guide.
+        orthogonal: one entry a factor that has such a term.
+        balanced: every head's loss is wanted by itself, differentiable and with its gradient, in
+            place of their sum.
+    """
+
+    contrastive: ContrastiveCall | None = None
+    heads: Sequence[HeadCall] = ()
+    orthogonal: Sequence[OrthogonalCall] = ()
+    balanced: bool = False
+
+
+@dataclass
+class StepResult:
+    """What a backend returns of a step; all tensors are 0-d.
+
+    Attributes:
+        contrastive: the local rows' share of the contrastive loss: their sum over the rows of all
+            ranks. The gradient that the rows receive is that of the whole batch's loss, other
+            ranks' shares included. None where there is no such term.
+        guides: the local rows' share of Σ_f weight_f · L_f. None where there is no head, or where
+            the step is balanced.
+        heads: one entry a head.
+        orthogonal: Σ_f weight_f · R_f over the rows of all ranks; the gradient that z receives is W
+            times that, W the number of ranks. None where there is no such term.
+        overlaps: R_f, detached.
+    """
+
+    contrastive: Tensor | None
+    guides: Tensor | None
+    heads: list[HeadResult]
+    orthogonal: Tensor | None
+    overlaps: list[Tensor]
+
+
 class Backend(Protocol):
-    """The terms of the objective; each equals its namesake in `reference`."""
+    """Computes the terms of the objective; each equals its namesake in `reference`."""
 
-    def contrastive(self, rows: Tensor, logit_scale: Tensor, views: int, two_tower: bool) -> Tensor:
-        """The local rows' share of the contrastive loss: their sum over the rows of all ranks.
-
-        The gradient that `rows` receives is that of the whole batch's loss, other ranks' shares
-        included. 0-d.
-        """
-
-    def heads(self, calls: list[HeadCall], want_gradient: bool) -> list[HeadResult]:
-        """All heads of the step."""
-
-    def orthogonal(self, z: Tensor, metadata: Tensor, role: Role) -> Tensor:
-        """R_f over the rows of all ranks (`reference.orthogonal`). 0-d.
-
-        The gradient that `z` receives is W times that of R_f, W the number of ranks.
-        """
+    def step(self, step: Step) -> StepResult:
+        """All terms of the step, value and gradient."""

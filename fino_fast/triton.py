@@ -12,15 +12,15 @@ from torch import Tensor
 
 from . import cuda, reference
 from .distributed import gather_views
-from .factors import Role
+from .eager import weighted_sum
 from .kernels import heads as kernels
 from .kernels.contrastive_backward import contrastive_backward
 from .kernels.contrastive_forward import contrastive_forward
 from .kernels.operands import padded
-from .native import Native
+from .native import contrastive
 from .ops import KINDS
 from .reference import accumulation_dtype
-from .terms import HeadCall, HeadResult
+from .terms import HeadCall, HeadResult, OrthogonalCall, Step, StepResult
 
 KERNELS = {
     "fino::contrastive_forward": contrastive_forward,
@@ -199,23 +199,45 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 heads_loss.register_autograd(_backward, setup_context=_context)
 
 
-class Triton(Native):
-    """The terms on a GPU; those of `native` where it does not say otherwise.
+class Triton:
+    """The terms on a GPU.
 
     The kernels are compiled and interpreted in the tests; docs/gpu.md says what was run.
     """
 
-    def heads(self, calls: list[HeadCall], want_gradient: bool) -> list[HeadResult]:
-        results: dict[int, HeadResult] = {}
-        # One call for all heads whose rows share a dtype.
-        for dtype in {call.x.dtype: None for call in calls}:
-            members = [f for f, call in enumerate(calls) if call.x.dtype == dtype]
-            results |= zip(members, _run([calls[f] for f in members], want_gradient), strict=True)
-        return [results[f] for f in range(len(calls))]
+    def step(self, step: Step) -> StepResult:
+        """See `terms.Backend`."""
+        contrastive_term = None if step.contrastive is None else contrastive(step.contrastive)
+        heads = _heads(list(step.heads), step.balanced)
+        overlaps = [_overlap(call) for call in step.orthogonal]
+        guides = orthogonal = None
+        if heads and not step.balanced:
+            guides = weighted_sum([call.weight for call in step.heads], [h.loss for h in heads])
+        if overlaps:
+            orthogonal = weighted_sum([call.weight for call in step.orthogonal], overlaps)
+        return StepResult(
+            contrastive_term,
+            guides,
+            heads,
+            orthogonal,
+            [overlap.detach() for overlap in overlaps],
+        )
 
-    def orthogonal(self, z: Tensor, metadata: Tensor, role: Role) -> Tensor:
-        explained = cuda.explained if cuda.AVAILABLE else reference.explained
-        return reference.orthogonal(gather_views(z, 1), gather_views(metadata, 1), role, explained)
+
+def _heads(calls: list[HeadCall], want_gradient: bool) -> list[HeadResult]:
+    results: dict[int, HeadResult] = {}
+    # One call for all heads whose rows share a dtype.
+    for dtype in {call.x.dtype: None for call in calls}:
+        members = [f for f, call in enumerate(calls) if call.x.dtype == dtype]
+        results |= zip(members, _run([calls[f] for f in members], want_gradient), strict=True)
+    return [results[f] for f in range(len(calls))]
+
+
+def _overlap(call: OrthogonalCall) -> Tensor:
+    explained = cuda.explained if cuda.AVAILABLE else reference.explained
+    return reference.orthogonal(
+        gather_views(call.guided, 1), gather_views(call.design, 1), call.role, explained
+    )
 
 
 def _run(calls: list[HeadCall], want_gradient: bool) -> list[HeadResult]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from single_terms import SingleTerms
 from torch import Tensor
 
 from fino_fast import backends, native, ops
@@ -16,7 +17,7 @@ from fino_fast.eager import Eager
 from fino_fast.factors import Role
 from fino_fast.terms import HeadCall, Kind
 
-NATIVE, EAGER = native.Native(), Eager()
+NATIVE, EAGER = SingleTerms(native.Native()), SingleTerms(Eager())
 KINDS: list[Kind] = ["linear", "prototype", "identity", "sigmoid", "tanh"]
 
 
@@ -75,15 +76,17 @@ def copy_of(call: HeadCall, dtype: torch.dtype) -> HeadCall:
     )
 
 
-def head_gradients(backend: Eager, call: HeadCall) -> list[Tensor]:
+def head_gradients(backend: SingleTerms, call: HeadCall) -> list[Tensor]:
     """[loss, metric, ∂x, ∂bank, ∂offset], as far as they exist, in fp64."""
-    (result,) = backend.heads([call], False)
+    result = backend.head(call)
     result.loss.backward()
     grads = [t.grad for t in (call.x, call.bank, call.offset) if t.requires_grad]
     return [t.detach().double() for t in (result.loss, result.metric, *grads)]
 
 
-def contrastive_gradients(backend: Eager, rows: Tensor, tau: float, two_tower: bool, views: int):
+def contrastive_gradients(
+    backend: SingleTerms, rows: Tensor, tau: float, two_tower: bool, views: int
+):
     leaf = rows.detach().clone().requires_grad_()
     scale = torch.tensor(1 / tau, dtype=leaf.dtype, requires_grad=True)
     loss = backend.contrastive(leaf, scale, views, two_tower)
@@ -171,7 +174,7 @@ def test_a_row_that_is_not_finite_gives_nan_as_in_pytorch(bad):
     assert contrastive_gradients(NATIVE, rows, 0.1, False, 2)[0].isnan()
     call = head_call("linear", 6, 4, 3, grad=False)
     call.x, call.target = rows, torch.zeros(6, dtype=torch.int64)
-    assert NATIVE.heads([call], False)[0].loss.isnan()
+    assert NATIVE.head(call).loss.isnan()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,9 +218,13 @@ def test_a_large_bank_is_recomputed_in_the_backward_pass(monkeypatch):
     call = head_call("linear", 20, 6, 11)
     at_once = head_gradients(NATIVE, copy_of(call, torch.float32))
     monkeypatch.setattr(native, "DEFERRED_BANK_BYTES", 0)
-    (result,) = NATIVE.heads([copy_of(call, torch.float32)], False)
-    assert result.gradient is not None
-    assert result.gradient.numel() == 0  # nothing was computed ahead
+    again = copy_of(call, torch.float32)
+    inputs = {t.data_ptr() for t in vars(again).values() if isinstance(t, Tensor)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        NATIVE.head(again)
+    large = [tensor for tensor in kept if tensor.numel() >= again.x.numel()]
+    assert {t.data_ptr() for t in large} <= inputs  # nothing was computed ahead
     torch.testing.assert_close(head_gradients(NATIVE, copy_of(call, torch.float32)), at_once)
 
 
@@ -228,14 +235,16 @@ def test_half_precision_gradients_survive_a_loss_scale():
     half = copy_of(call, torch.float32)
     half.x = call.x.detach().half().requires_grad_()
     loss_scale = 2.0**16
-    (NATIVE.heads([half], False)[0].loss * loss_scale).backward()
-    (EAGER.heads([call], False)[0].loss * loss_scale).backward()
+    (NATIVE.head(half).loss * loss_scale).backward()
+    (EAGER.head(call).loss * loss_scale).backward()
     assert half.x.grad is not None
     assert call.x.grad is not None
     torch.testing.assert_close(half.x.grad.float(), call.x.grad, rtol=2e-2, atol=1e-6)
 
 
-def orthogonal_gradients(z: Tensor, design: Tensor, role: Role, backend: Eager) -> list[Tensor]:
+def orthogonal_gradients(
+    z: Tensor, design: Tensor, role: Role, backend: SingleTerms
+) -> list[Tensor]:
     leaf = z.detach().clone().requires_grad_()
     value = backend.orthogonal(leaf, design, role)
     value.backward()
@@ -349,7 +358,7 @@ def test_a_target_beyond_the_bank_is_an_error_and_no_wild_read():
     call = head_call("linear", 4, 3, 5, grad=False)
     call.target = torch.tensor([0, 1, 5, 2])
     with pytest.raises(RuntimeError, match="a target is not below K=5"):
-        NATIVE.heads([call], False)
+        NATIVE.head(call)
 
 
 def contrastive_and_others(threads: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -423,16 +432,17 @@ def test_every_level_of_this_processor_gives_the_oracle_s_result():
             import fino_fast._C
             from fino_fast.native import Native
             from fino_fast.eager import Eager
+            from single_terms import SingleTerms
 
             torch.manual_seed(0)
             rows = torch.randn(150, 21)
             grads = []
-            for backend in (Native(), Eager()):
+            for backend in map(SingleTerms, (Native(), Eager())):
                 leaf = rows.clone().requires_grad_()
                 loss = backend.contrastive(leaf, torch.tensor(10.0), 2, False)
                 loss.backward()
                 grads.append((loss.detach(), leaf.grad))
-            for backend in (Native(), Eager()):
+            for backend in map(SingleTerms, (Native(), Eager())):
                 leaf = rows.clone().requires_grad_()
                 value = backend.orthogonal(leaf, torch.arange(150) % 7, "preserve")
                 value.backward()
@@ -442,6 +452,7 @@ def test_every_level_of_this_processor_gives_the_oracle_s_result():
             print(fino_fast._C.capability())
             """,
             FINO_CPU_CAPABILITY=level,
+            PYTHONPATH=str(Path(__file__).parent),
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == level
@@ -464,7 +475,7 @@ def test_extra_memory_at_16384_rows(term):
         import torch
         from pathlib import Path
         from fino_fast.native import Native
-        from fino_fast.terms import HeadCall
+        from fino_fast.terms import ContrastiveCall, HeadCall, Step
 
         def peak():
             for line in Path("/proc/self/status").read_text().splitlines():
@@ -483,10 +494,11 @@ def test_extra_memory_at_16384_rows(term):
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
             before = peak()
             if "{term}" == "contrastive":
-                loss = Native().contrastive(x, torch.tensor(10.0), 2, False)
+                call = ContrastiveCall(x, torch.tensor(10.0), 2)
+                loss = Native().step(Step(call)).contrastive
             else:
                 call = HeadCall("linear", x, bank, offset, y, torch.tensor(1 / n))
-                loss = Native().heads([call], False)[0].loss
+                loss = Native().step(Step(heads=[call])).guides
             loss.backward()
             return peak() - before - sum(leaf.grad.nbytes for leaf in leaves) / 2**20
 

@@ -8,18 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_case import NAN, embeddings, labels, values
+from single_terms import SingleTerms
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from fino_fast.backends import resolve
-from fino_fast.terms import Backend, HeadCall
+from fino_fast.terms import HeadCall
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
 
 @pytest.fixture
-def terms(backend: str) -> Backend:
-    return resolve(backend, torch.device("cpu"))
+def terms(backend: str) -> SingleTerms:
+    return SingleTerms(resolve(backend, torch.device("cpu")))
 
 
 def assert_same(actual: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
@@ -44,7 +45,9 @@ def leaf(*shape: int, seed: int = 9, scale: float = 1.0) -> Tensor:
     [(2, 7, 5, False), (3, 5, 4, False), (2, 6, 5, True), (2, 1, 3, False), (2, 1, 3, True),
      (5, 1, 3, False), (2, 4, 1, False), (2, 67, 17, False)],
 )  # fmt: skip
-def test_contrastive(terms: Backend, views: int, images: int, dim: int, two_tower: bool) -> None:
+def test_contrastive(
+    terms: SingleTerms, views: int, images: int, dim: int, two_tower: bool
+) -> None:
     p = embeddings(views, images, dim)
     temperature = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     actual = terms.contrastive(p.flatten(0, 1), 1 / temperature, views, two_tower)
@@ -53,7 +56,7 @@ def test_contrastive(terms: Backend, views: int, images: int, dim: int, two_towe
 
 
 @pytest.mark.parametrize("two_tower", [False, True])
-def test_two_views_are_nt_xent_and_two_towers_are_clip(terms: Backend, two_tower: bool) -> None:
+def test_two_views_are_nt_xent_and_two_towers_are_clip(terms: SingleTerms, two_tower: bool) -> None:
     p = embeddings(2, 6, 5)
     unit = torch.nn.functional.normalize(p, dim=-1)
     if two_tower:
@@ -71,7 +74,7 @@ def test_two_views_are_nt_xent_and_two_towers_are_clip(terms: Backend, two_tower
     )
 
 
-def test_contrastive_gradcheck(terms: Backend) -> None:
+def test_contrastive_gradcheck(terms: SingleTerms) -> None:
     for views, images, two_tower in [(2, 3, False), (3, 2, False), (2, 3, True)]:
         rows, scale = leaf(views * images, 4), leaf(1, scale=0).exp().detach() * 3
         assert gradcheck(
@@ -81,14 +84,14 @@ def test_contrastive_gradcheck(terms: Backend) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e4])
-def test_contrastive_logits_may_be_huge(terms: Backend, scale: float) -> None:
+def test_contrastive_logits_may_be_huge(terms: SingleTerms, scale: float) -> None:
     p = embeddings(2, 5, 6)
     temperature = torch.tensor(1 / scale, dtype=torch.float64)
     actual = terms.contrastive(p.flatten(0, 1), 1 / temperature, 2, False)
     assert_same(actual, oracle.info_nce(p, temperature), [p])
 
 
-def test_contrastive_of_a_zero_row_is_finite(terms: Backend) -> None:
+def test_contrastive_of_a_zero_row_is_finite(terms: SingleTerms) -> None:
     p = embeddings(2, 3, 4).detach()
     p[0, 1] = 0
     actual = terms.contrastive(p.flatten(0, 1), torch.tensor(5.0, dtype=torch.float64), 2, False)
@@ -112,11 +115,11 @@ def linear_call(z: Tensor, w: Tensor, b: Tensor, y: Tensor, smoothing: float) ->
     [(11, 5, 4, 3), (1, 3, 4, 0), (6, 1, 3, 0), (5, 3, 1, 1), (4, 3, 5, 4), (3, 2, 97, 0)],
 )
 def test_linear(
-    terms: Backend, rows: int, dim: int, classes: int, missing: int, smoothing: float
+    terms: SingleTerms, rows: int, dim: int, classes: int, missing: int, smoothing: float
 ) -> None:
     z, w, b = leaf(rows, dim), leaf(classes, dim, seed=1), leaf(classes, seed=2)
     y = labels(rows, classes, missing)
-    [result] = terms.heads([linear_call(z, w, b, y, smoothing)], False)
+    result = terms.head(linear_call(z, w, b, y, smoothing))
     assert_same(result.loss, oracle.linear(z, w, b, y.tolist(), smoothing), [z, w, b])
     valid = [i for i in range(rows) if y[i] >= 0]
     hits = [int((w @ z[i] + b).argmax()) == y[i] for i in valid]
@@ -154,11 +157,11 @@ def prototype_call(z: Tensor, bank: oracle.Bank, y: list[int]) -> HeadCall:
      (6, 3, 1, [0]), (6, 3, 4, []), (4, 3, 97, [0, 50, 96])],
 )  # fmt: skip
 def test_prototype(
-    terms: Backend, rows: int, dim: int, classes: int, seen: list[int], ema: bool
+    terms: SingleTerms, rows: int, dim: int, classes: int, seen: list[int], ema: bool
 ) -> None:
     z, bank = leaf(rows, dim), prototype_bank(classes, dim, seen, ema)
     y = labels(rows, classes, missing=rows // 4).tolist()
-    [result] = terms.heads([prototype_call(z, bank, y)], False)
+    result = terms.head(prototype_call(z, bank, y))
     assert_same(result.loss, oracle.prototype(z, bank, y), [z])
     hits = []
     for row, k in zip(z, y, strict=True):
@@ -181,21 +184,21 @@ def continuous_call(z: Tensor, w: Tensor, b: Tensor, y: Tensor, activation: str)
     [(11, 5, 3, 7), (1, 3, 1, 0), (6, 1, 1, 2), (4, 3, 2, 8), (5, 3, 9, 11)],
 )
 def test_continuous(
-    terms: Backend, rows: int, dim: int, outputs: int, missing: int, activation: str
+    terms: SingleTerms, rows: int, dim: int, outputs: int, missing: int, activation: str
 ) -> None:
     z, w, b = leaf(rows, dim), leaf(outputs, dim, seed=1), leaf(outputs, seed=2)
     y = values(rows, outputs, missing)
-    [result] = terms.heads([continuous_call(z, w, b, y, activation)], False)
+    result = terms.head(continuous_call(z, w, b, y, activation))
     assert_same(result.loss, oracle.continuous(z, w, b, y, activation), [z, w, b])
     assert result.metric.item() == pytest.approx(result.loss.item())
 
 
-def test_heads_gradcheck(terms: Backend) -> None:
+def test_heads_gradcheck(terms: SingleTerms) -> None:
     z, w, b, y = leaf(5, 3), leaf(4, 3, seed=1), leaf(4, seed=2), torch.tensor([0, 3, -1, 1, 3])
     y_float, bank = values(5, 4, missing=6), prototype_bank(4, 3, [0, 1, 3])
 
     def loss(call: HeadCall) -> Tensor:
-        return terms.heads([call], False)[0].loss
+        return terms.head(call).loss
 
     assert gradcheck(lambda *x: loss(linear_call(*x, y, 0.1)), (z, w, b))
     assert gradcheck(lambda x: loss(prototype_call(x, bank, y.tolist())), (z,))
@@ -203,7 +206,7 @@ def test_heads_gradcheck(terms: Backend) -> None:
         assert gradcheck(lambda *x, a=activation: loss(continuous_call(*x, y_float, a)), (z, w, b))
 
 
-def test_heads_return_the_gradient_of_their_rows(terms: Backend) -> None:
+def test_heads_return_the_gradient_of_their_rows(terms: SingleTerms) -> None:
     z, w, b = leaf(6, 3), leaf(4, 3, seed=1), leaf(4, seed=2)
     bank, y = prototype_bank(4, 3, [0, 1, 3]), labels(6, 4, missing=2)
     calls = [
@@ -211,7 +214,7 @@ def test_heads_return_the_gradient_of_their_rows(terms: Backend) -> None:
         prototype_call(z, bank, y.tolist()),
         continuous_call(z, w, b, values(6, 4, missing=5), "tanh"),
     ]
-    for result in terms.heads(calls, True):
+    for result in terms.balanced(calls):
         assert result.gradient is not None
         assert not result.gradient.requires_grad
         [expected] = torch.autograd.grad(result.loss, z, retain_graph=True)
@@ -219,7 +222,7 @@ def test_heads_return_the_gradient_of_their_rows(terms: Backend) -> None:
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
-def test_a_row_without_metadata_may_hold_anything(terms: Backend, bad: float) -> None:
+def test_a_row_without_metadata_may_hold_anything(terms: SingleTerms, bad: float) -> None:
     clean = leaf(5, 3).detach()
     dirty = clean.clone()
     dirty[2] = bad
@@ -229,15 +232,12 @@ def test_a_row_without_metadata_may_hold_anything(terms: Backend, bad: float) ->
     results = []
     for rows in (clean, dirty):
         z = rows.clone().requires_grad_()
-        heads = terms.heads(
-            [
-                linear_call(z, w, b, y, 0.1),
-                prototype_call(z, bank, y.tolist()),
-                continuous_call(z, w, b, y_float, "sigmoid"),
-            ],
-            False,
-        )
-        losses = [head.loss for head in heads] + [
+        calls = [
+            linear_call(z, w, b, y, 0.1),
+            prototype_call(z, bank, y.tolist()),
+            continuous_call(z, w, b, y_float, "sigmoid"),
+        ]
+        losses = [terms.head(call).loss for call in calls] + [
             terms.orthogonal(z, metadata, role)
             for metadata in (y, y_float)
             for role in ("preserve", "suppress")
@@ -260,7 +260,7 @@ ROLES = pytest.mark.parametrize("role", ["preserve", "suppress"])
     [(14, 4, 3, 4), (5, 9, 3, 0), (9, 1, 3, 1), (8, 3, 50, 1), (40, 7, 13, 9)],
 )
 def test_orthogonal_of_categories(
-    terms: Backend, rows: int, dim: int, classes: int, missing: int, role: str
+    terms: SingleTerms, rows: int, dim: int, classes: int, missing: int, role: str
 ) -> None:
     z, y = embeddings(1, rows, dim)[0].detach().requires_grad_(), labels(rows, classes, missing)
     expected = oracle.orthogonal(z, *oracle.design(y.tolist()), role)
@@ -273,7 +273,7 @@ def test_orthogonal_of_categories(
     [(14, 4, 1, 4), (15, 4, 3, 4), (7, 11, 2, 0), (9, 1, 1, 1)],
 )
 def test_orthogonal_of_values(
-    terms: Backend, rows: int, dim: int, columns: int, missing: int, role: str
+    terms: SingleTerms, rows: int, dim: int, columns: int, missing: int, role: str
 ) -> None:
     z, y = embeddings(1, rows, dim)[0].detach().requires_grad_(), values(rows, columns, missing)
     valid = [i for i in range(rows) if not y[i].isnan().any()]
@@ -281,7 +281,7 @@ def test_orthogonal_of_values(
 
 
 @ROLES
-def test_orthogonal_of_a_rank_deficient_design(terms: Backend, role: str) -> None:
+def test_orthogonal_of_a_rank_deficient_design(terms: SingleTerms, role: str) -> None:
     """A constant column and a multiple of another one add nothing to the column space."""
     z, y = embeddings(1, 9, 5)[0].detach().requires_grad_(), values(9, 2)
     doubled = torch.cat([y[:, :1], torch.full((9, 1), 3.7), -2 * y[:, :1], y[:, 1:]], 1)
@@ -291,7 +291,7 @@ def test_orthogonal_of_a_rank_deficient_design(terms: Backend, role: str) -> Non
 
 
 @ROLES
-def test_orthogonal_gradcheck(terms: Backend, role: str) -> None:
+def test_orthogonal_gradcheck(terms: SingleTerms, role: str) -> None:
     for metadata in (torch.tensor([0, 1, 1, -1, 2, 0, 2]), values(7, 2, missing=2)):
         assert gradcheck(lambda z, m=metadata: terms.orthogonal(z, m, role), (leaf(7, 3),))
         assert gradcheck(lambda z, m=metadata: terms.orthogonal(z, m, role), (leaf(7, 9),))
@@ -307,7 +307,7 @@ def test_orthogonal_gradcheck(terms: Backend, role: str) -> None:
 )  # fmt: skip
 @ROLES
 def test_orthogonal_is_zero_where_nothing_is_explained(
-    terms: Backend, role: str, metadata: Tensor, offset: float, dtype: torch.dtype
+    terms: SingleTerms, role: str, metadata: Tensor, offset: float, dtype: torch.dtype
 ) -> None:
     """Rounding must not pass for a direction: the value is 0, and so is the gradient."""
     if metadata.is_floating_point():
@@ -320,7 +320,7 @@ def test_orthogonal_is_zero_where_nothing_is_explained(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_overlap_is_zero_where_nothing_is_left(terms: Backend, dtype: torch.dtype) -> None:
+def test_overlap_is_zero_where_nothing_is_left(terms: SingleTerms, dtype: torch.dtype) -> None:
     z = leaf(4, 8).to(dtype).detach().requires_grad_()
     for metadata in (torch.arange(4), values(4, 3).to(dtype)):
         value = terms.orthogonal(z, metadata, "preserve")
@@ -329,7 +329,7 @@ def test_overlap_is_zero_where_nothing_is_left(terms: Backend, dtype: torch.dtyp
         assert terms.orthogonal(z, metadata, "suppress").item() == pytest.approx(1)
 
 
-def test_orthogonal_denominators_below_1e_12_give_zero(terms: Backend) -> None:
+def test_orthogonal_denominators_below_1e_12_give_zero(terms: SingleTerms) -> None:
     z, y = leaf(8, 3).detach(), torch.arange(8) % 2
     for role, power in (("suppress", 2), ("preserve", 4)):
         norm = oracle_denominator(z, y, role)
@@ -363,7 +363,7 @@ def drawn(rows: int, dim: int, kinds: int, seed: int, continuous: bool) -> tuple
     return z, labels(rows, kinds, missing, seed)
 
 
-def test_orthogonal_properties(terms: Backend) -> None:
+def test_orthogonal_properties(terms: SingleTerms) -> None:
     """In [0, 1]; the same after a rotation, a scale, a shift of z, and any order of the rows."""
 
     @settings(max_examples=120, deadline=None, derandomize=True)
@@ -388,7 +388,7 @@ def test_orthogonal_properties(terms: Backend) -> None:
     check()
 
 
-def test_heads_and_contrastive_do_not_see_the_order(terms: Backend) -> None:
+def test_heads_and_contrastive_do_not_see_the_order(terms: SingleTerms) -> None:
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(
         images=st.integers(1, 9),
@@ -421,7 +421,7 @@ def test_heads_and_contrastive_do_not_see_the_order(terms: Backend) -> None:
                     z[order], w, b, values(images, classes, seed % images, seed)[order], "tanh"
                 ),
             ]
-            return torch.stack([result.loss for result in terms.heads(calls, False)])
+            return torch.stack([terms.head(call).loss for call in calls])
 
         torch.testing.assert_close(losses(order), losses(torch.arange(images)), **EXACT)
 
