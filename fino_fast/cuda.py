@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-
 _FILES = sorted(Path(__file__).parent.glob("_cuda.*"))
 AVAILABLE = bool(_FILES)  # a constant, so that torch.compile need not look at the disk
 
@@ -46,49 +44,318 @@ def _converted(value: Any) -> Any:
     return ctypes.c_int64(value) if isinstance(value, int) else value
 
 
-@torch.library.custom_op("fino::group_means", mutates_args=())
-def group_means(z: Tensor, order: Tensor, labels: Tensor) -> Tensor:
-    """Every row becomes the mean of the rows of its label; 0 where the label is −1.
+def _structure(name: str, fields: dict[str, Any]) -> type[ctypes.Structure]:
+    """A struct of csrc/cuda/launch.h."""
+    return type(name, (ctypes.Structure,), {"_fields_": tuple(fields.items())})
+
+
+def _table(structure: type[ctypes.Structure], entries: list[dict[str, Any]]) -> Any:
+    """An array of structs; of a tensor its address is taken, None is null."""
+    return (structure * len(entries))(
+        *(
+            structure(
+                **{
+                    name: value.data_ptr() if isinstance(value, Tensor) else value
+                    for name, value in entry.items()
+                }
+            )
+            for entry in entries
+        )
+    )
+
+
+_Factor = _structure(
+    "FinoFactor",
+    dict.fromkeys(
+        ("order", "labels", "basis", "means", "sizes", "group", "mean", "squares", "rest"),
+        ctypes.c_void_p,
+    )
+    | {"groups": ctypes.c_int64},
+)
+_Product = _structure(
+    "FinoProduct",
+    dict.fromkeys(("a", "b", "sizes"), ctypes.c_void_p)
+    | {"rows": ctypes.c_int64, "columns": ctypes.c_int64, "parts": ctypes.c_void_p},
+)
+_Overlap = _structure(
+    "FinoOverlap",
+    {
+        "squares": ctypes.c_void_p, "numerator": ctypes.c_void_p, "parts": ctypes.c_int64,
+        "groups": ctypes.c_int64, "sums": ctypes.c_void_p, "share": ctypes.c_void_p,
+        "coefficients": ctypes.c_void_p,
+    },
+)  # fmt: skip
+_OverlapGradient = _structure(
+    "FinoOverlapGradient",
+    dict.fromkeys(
+        ("group", "basis", "mean", "means", "rest", "rest_side", "signal_side", "coefficients",
+         "scale"),
+        ctypes.c_void_p,
+    )
+    | {"groups": ctypes.c_int64},
+)  # fmt: skip
+STRIPE = 32  # kFinoStripe
+PARTS = 64  # kFinoParts
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # FinoType
+
+
+@torch.library.custom_op("fino::group_statistics", mutates_args=())
+def group_statistics(
+    z: Tensor,
+    order: Tensor,
+    labels: Tensor,
+    basis: list[Tensor],
+    groups: list[int],
+    want_rest: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """What every factor explains of the centred rows Z, and what it leaves; in one launch.
+
+    A category explains its mean, continuous values with the orthonormal design Q explain Q·QᵀZ. In
+    both cases S = ΠZ is given by a matrix M of few rows, and U = Z − S. One category alone explains
+    nothing. The host does not learn how many categories there are: M has a row for each that there
+    may be, and zeros in those that are left over.
 
     Args:
-        z: [N, D] fp32.
-        order, labels: [N] int64; `order` sorts the rows by label, `labels` are the sorted ones.
+        z: [N, D] fp32, fp16 or bf16; sums are in fp64.
+        order, labels: [F, N] int64; `order` sorts the rows of every factor by label, `labels` are
+            the sorted ones. Rows of −1 take no part and may hold anything. For continuous values
+            the label is 0.
+        basis: [N, d] fp64 each, Q; empty for categories.
+        groups: G_f, rows of M: at least the number of different labels, or d.
+        want_rest: for which factors U is wanted.
 
     Returns:
-        [N, D].
+        (M of all factors one below the other [ΣG, D]; rows of every group [ΣG] (1 for a column of
+        Q); number of the group of every row [F, N] int64, −1 where it is missing; mean over the
+        rows that take part [F, D] fp64; ‖S‖² and ‖U‖² by stripes of 32 columns and groups
+        [2, ⌈D/32⌉, ΣG], for continuous values ‖U‖² all in their first; U [N, D] or empty of
+        every factor). fp32 where nothing else is said.
     """
-    z, out = z.contiguous(), torch.empty_like(z, memory_format=torch.contiguous_format)
-    _call("fino_group_means", z.device, z, order, labels, z.shape[0], z.shape[1], out)
+    z, order, labels = z.contiguous(), order.contiguous(), labels.contiguous()
+    results = _statistics_like(z, order, groups, want_rest)
+    means, sizes, group, mean, squares, rest = results
+    _call(
+        "fino_group_statistics",
+        z.device,
+        _table(
+            _Factor,
+            [
+                {
+                    "order": order[f],
+                    "labels": labels[f],
+                    "basis": _or_null(basis[f]),
+                    "means": means[first:],
+                    "sizes": sizes[first:],
+                    "group": group[f],
+                    "mean": mean[f],
+                    "squares": squares[0, 0, first:],
+                    "rest": _or_null(rest[f]),
+                    "groups": groups[f],
+                }
+                for f, first in enumerate(_starts(groups))
+            ],
+        ),
+        len(groups), z, TYPES[z.dtype], *z.shape, sum(groups),
+    )  # fmt: skip
+    return results
+
+
+@group_statistics.register_fake
+def _(
+    z: Tensor,
+    order: Tensor,
+    labels: Tensor,
+    basis: list[Tensor],
+    groups: list[int],
+    want_rest: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    return _statistics_like(z, order, groups, want_rest)
+
+
+def _statistics_like(
+    z: Tensor, order: Tensor, groups: list[int], want_rest: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    (n, width), total = z.shape, sum(groups)
+    sums = torch.float32
+    return (
+        z.new_empty(total, width, dtype=sums),
+        z.new_empty(total, dtype=sums),
+        torch.empty_like(order, memory_format=torch.contiguous_format),
+        z.new_empty(len(groups), width, dtype=torch.float64),
+        z.new_empty(2, -(-width // STRIPE), total, dtype=sums),
+        [z.new_empty((n, width) if wanted else (0,), dtype=sums) for wanted in want_rest],
+    )
+
+
+@torch.library.custom_op("fino::product_sums", mutates_args=())
+def product_sums(a: list[Tensor], b: list[Tensor], sizes: list[Tensor]) -> list[Tensor]:
+    """Σ_ij a_ij · b_ij · sizes_j of every pair of matrices, in parts; one launch for all.
+
+    Args:
+        a, b: [R, C] fp32.
+        sizes: [C] fp32; empty is 1.
+
+    Returns:
+        [64] fp64 each, to be summed: squares of squares may not fit fp32.
+    """
+    parts = [matrix.new_empty(PARTS, dtype=torch.float64) for matrix in a]
+    a, b = ([matrix.contiguous() for matrix in matrices] for matrices in (a, b))
+    table = _table(
+        _Product,
+        [
+            {
+                "a": a[i],
+                "b": b[i],
+                "sizes": _or_null(sizes[i]),
+                "rows": a[i].shape[0],
+                "columns": a[i].shape[1],
+                "parts": parts[i],
+            }
+            for i in range(len(a))
+        ],
+    )
+    _call("fino_product_sums", a[0].device, table, len(a))
+    return parts
+
+
+@product_sums.register_fake
+def _(a: list[Tensor], b: list[Tensor], sizes: list[Tensor]) -> list[Tensor]:
+    return [matrix.new_empty(PARTS, dtype=torch.float64) for matrix in a]
+
+
+@torch.library.custom_op("fino::overlap_shares", mutates_args=())
+def overlap_shares(
+    squares: Tensor, groups: list[int], numerator: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The orthogonal terms R of all factors from their sums; in one launch.
+
+    Args:
+        squares, groups: of `group_statistics`.
+        numerator: ‖S Uᵀ‖² of every factor in parts to be summed, fp64; empty: suppress, which needs
+            none.
+
+    Returns:
+        (R [F]; coefficients of the gradient [F, 3] fp64; ‖S‖² and ‖U‖² by group [2, ΣG]).
+    """
+    numerator = [parts.contiguous() for parts in numerator]
+    results = _shares_like(squares, groups)
+    shares, coefficients, sums = results
+    table = _table(
+        _Overlap,
+        [
+            {
+                "squares": squares[0, 0, first:],
+                "numerator": _or_null(numerator[f]),
+                "parts": numerator[f].numel(),
+                "groups": groups[f],
+                "sums": sums[0, first:],
+                "share": shares[f],
+                "coefficients": coefficients[f],
+            }
+            for f, first in enumerate(_starts(groups))
+        ],
+    )
+    _call("fino_overlap_shares", squares.device, table, len(groups), squares.shape[1], sum(groups))
+    return results
+
+
+@overlap_shares.register_fake
+def _(squares: Tensor, groups: list[int], numerator: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return _shares_like(squares, groups)
+
+
+def _shares_like(squares: Tensor, groups: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        squares.new_empty(len(groups)),
+        squares.new_empty(len(groups), 3, dtype=torch.float64),
+        squares.new_empty(2, sum(groups)),
+    )
+
+
+@torch.library.custom_op("fino::overlap_gradient", mutates_args=())
+def overlap_gradient(
+    scale: Tensor,
+    z: Tensor,
+    means: Tensor,
+    group: Tensor,
+    mean: Tensor,
+    coefficients: Tensor,
+    basis: list[Tensor],
+    groups: list[int],
+    rest: list[Tensor],
+    rest_side: list[Tensor],
+    signal_side: list[Tensor],
+) -> Tensor:
+    """The gradient at z of Σ_f scale_f · R_f; in one launch.
+
+    Args:
+        scale: [F] fp32.
+        z, basis, groups: as in `group_statistics`; means, group, mean, rest: its results.
+        coefficients: of `overlap_shares`.
+        rest_side: U·SᵀS [N, D] of every factor; signal_side: M·UᵀU [G, D]. Empty: suppress.
+
+    Returns:
+        [N, D], in the dtype of z.
+    """
+    z, scale = z.contiguous(), scale.contiguous()
+    rest_side, signal_side = (
+        [matrix.contiguous() for matrix in matrices] for matrices in (rest_side, signal_side)
+    )
+    out = torch.empty_like(z)
+    table = _table(
+        _OverlapGradient,
+        [
+            {
+                "group": group[f],
+                "basis": _or_null(basis[f]),
+                "mean": mean[f],
+                "means": means[first:],
+                "rest": _or_null(rest[f]),
+                "rest_side": _or_null(rest_side[f]),
+                "signal_side": _or_null(signal_side[f]),
+                "coefficients": coefficients[f],
+                "scale": scale[f],
+                "groups": groups[f],
+            }
+            for f, first in enumerate(_starts(groups))
+        ],
+    )
+    _call("fino_overlap_gradient", z.device, table, len(groups), z, TYPES[z.dtype], *z.shape, out)
     return out
 
 
-@group_means.register_fake
-def _(z: Tensor, order: Tensor, labels: Tensor) -> Tensor:
+@overlap_gradient.register_fake
+def _(
+    scale: Tensor,
+    z: Tensor,
+    means: Tensor,
+    group: Tensor,
+    mean: Tensor,
+    coefficients: Tensor,
+    basis: list[Tensor],
+    groups: list[int],
+    rest: list[Tensor],
+    rest_side: list[Tensor],
+    signal_side: list[Tensor],
+) -> Tensor:
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
-def _means_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+def _or_null(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
 
 
-def _means_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    # The projection on the group means is symmetric.
-    return group_means(gradient, *ctx.saved_tensors), None, None
+def _starts(sizes: list[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
-group_means.register_autograd(_means_backward, setup_context=_means_context)
-
-
-class _Bank(ctypes.Structure):
-    """FinoBank of csrc/cuda/launch.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in
-          ("order", "labels", "centroids", "temperatures", "counts", "scratch")),
-        ("classes", ctypes.c_int64),
-        ("momentum", ctypes.c_float),
-        ("unit_norm", ctypes.c_bool),
-    )  # fmt: skip
+_Bank = _structure(
+    "FinoBank",
+    dict.fromkeys(
+        ("order", "labels", "centroids", "temperatures", "counts", "scratch"), ctypes.c_void_p
+    )
+    | {"classes": ctypes.c_int64, "momentum": ctypes.c_float, "unit_norm": ctypes.c_bool},
+)
 
 
 @torch.library.custom_op("fino::bank_update", mutates_args=("centroids", "temperatures", "counts"))
@@ -107,22 +374,29 @@ def bank_update(
     Args:
         centroids: [K_f, D] fp32; temperatures: [K_f] fp32; counts: [K_f] int64: bank f.
         teacher: [V, N, D] fp32.
-        order, labels: [F, N]; row f as in `group_means`; −1 takes no part.
+        order, labels: [F, N]; row f as in `group_statistics`; −1 takes no part.
         momentum: m of every bank.
         unit_norm: `concentration="fixed"`, of every bank.
     """
     teacher, order, labels = teacher.contiguous(), order.contiguous(), labels.contiguous()
     scratch = teacher.new_empty(len(centroids), *teacher.shape[1:])
-    banks = (_Bank * len(centroids))(
-        *(
-            _Bank(
-                order[f].data_ptr(), labels[f].data_ptr(), centroids[f].data_ptr(),
-                temperatures[f].data_ptr(), counts[f].data_ptr(), scratch[f].data_ptr(),
-                centroids[f].shape[0], momentum[f], unit_norm[f],
-            )
+    banks = _table(
+        _Bank,
+        [
+            {
+                "order": order[f],
+                "labels": labels[f],
+                "centroids": centroids[f],
+                "temperatures": temperatures[f],
+                "counts": counts[f],
+                "scratch": scratch[f],
+                "classes": centroids[f].shape[0],
+                "momentum": momentum[f],
+                "unit_norm": unit_norm[f],
+            }
             for f in range(len(centroids))
-        )
-    )  # fmt: skip
+        ],
+    )
     _call("fino_bank_update", teacher.device, banks, len(centroids), teacher, *teacher.shape)
 
 
@@ -131,14 +405,9 @@ def _(*arguments: Any) -> None:
     return None
 
 
-def explained(z: Tensor, metadata: Tensor, valid: Tensor) -> Tensor:
-    """`reference.explained`, by the kernel where the metadata are categories and z is fp32."""
-    if metadata.dim() != 1 or z.dtype != torch.float32:
-        return reference.explained(z, metadata, valid)
-    labels, order = torch.sort(torch.where(valid, metadata, -1), stable=True)
-    # One class alone explains nothing; what rounding leaves of its mean is no direction.
-    several = labels[-1] != torch.where(labels >= 0, labels, labels[-1]).min()
-    return torch.where(several, group_means(z, order, labels), 0.0)
+def serves_rows(z: Tensor) -> bool:
+    """Whether `group_statistics` takes these rows."""
+    return AVAILABLE and z.is_cuda and z.dtype in TYPES
 
 
 def serves(bank: Tensor, rows: Tensor) -> bool:

@@ -284,11 +284,13 @@ class FinoLoss(nn.Module):
         calls = []
         for factor in self._with_orthogonal():
             value = values[factor.name]
+            classes = 0
             if isinstance(factor, Continuous):
                 value = scaled_target(factor, value, dtype)
-            calls.append(
-                OrthogonalCall(z, rows_of(value, z), factor.role, guidance, factor.orthogonal)
-            )
+            else:
+                classes = factor.num_classes
+            design, weight = rows_of(value, z), factor.orthogonal
+            calls.append(OrthogonalCall(z, design, factor.role, guidance, weight, classes))
         return calls
 
     def _head_calls(

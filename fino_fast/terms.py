@@ -88,6 +88,7 @@ class OrthogonalCall:
         role: of the factor.
         guidance: 0-d, λ, by which the gradient that reaches `z` is multiplied; None is 1.
         weight: orthogonal_f in the sum of these terms.
+        classes: number of categories of the factor; 0 for values.
     """
 
     z: Tensor
@@ -95,6 +96,7 @@ class OrthogonalCall:
     role: Role
     guidance: Tensor | None = None
     weight: float = 1.0
+    classes: int = 0
 
     @property
     def guided(self) -> Tensor:

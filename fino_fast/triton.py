@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda, reference
-from .distributed import gather_views
+from . import overlap
 from .eager import weighted_sum
 from .kernels import heads as kernels
 from .kernels.contrastive_backward import contrastive_backward
@@ -20,7 +19,7 @@ from .kernels.operands import padded
 from .native import contrastive
 from .ops import KINDS
 from .reference import accumulation_dtype
-from .terms import HeadCall, HeadResult, OrthogonalCall, Step, StepResult
+from .terms import HeadCall, HeadResult, Step, StepResult
 
 KERNELS = {
     "fino::contrastive_forward": contrastive_forward,
@@ -209,7 +208,7 @@ class Triton:
         """See `terms.Backend`."""
         contrastive_term = None if step.contrastive is None else contrastive(step.contrastive)
         heads = _heads(list(step.heads), step.balanced)
-        overlaps = [_overlap(call) for call in step.orthogonal]
+        overlaps = overlap.overlaps(list(step.orthogonal))
         guides = orthogonal = None
         if heads and not step.balanced:
             guides = weighted_sum([call.weight for call in step.heads], [h.loss for h in heads])
@@ -220,7 +219,7 @@ class Triton:
             guides,
             heads,
             orthogonal,
-            [overlap.detach() for overlap in overlaps],
+            [share.detach() for share in overlaps],
         )
 
 
@@ -231,13 +230,6 @@ def _heads(calls: list[HeadCall], want_gradient: bool) -> list[HeadResult]:
         members = [f for f, call in enumerate(calls) if call.x.dtype == dtype]
         results |= zip(members, _run([calls[f] for f in members], want_gradient), strict=True)
     return [results[f] for f in range(len(calls))]
-
-
-def _overlap(call: OrthogonalCall) -> Tensor:
-    explained = cuda.explained if cuda.AVAILABLE else reference.explained
-    return reference.orthogonal(
-        gather_views(call.guided, 1), gather_views(call.design, 1), call.role, explained
-    )
 
 
 def _run(calls: list[HeadCall], want_gradient: bool) -> list[HeadResult]:

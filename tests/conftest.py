@@ -1,6 +1,7 @@
 """Shared by the tests of the loss."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,3 +17,12 @@ from loss_case import CPU_BACKENDS
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that serves CPU tensors."""
     return request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """`torch.empty` gives NaN (integers: their maximum): an entry that is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,4 +1,7 @@
 // The launchers of csrc/cuda, callable from C; pointers are of device memory.
+//
+// They return a cudaError_t and do not wait. Kernel arguments are limited to 4 KB: more factors or
+// banks than one launch takes need several.
 
 #pragma once
 
@@ -6,10 +9,74 @@
 
 extern "C" {
 
-// Every row of z [count, width] becomes the mean of its label's rows; 0 where the label is −1.
-// `order` sorts the rows by label, `labels` are the sorted labels. Returns a cudaError_t.
-int fino_group_means(const float* z, const int64_t* order, const int64_t* labels, int64_t count,
-                     int64_t width, float* out, void* stream);
+// A metadata factor and its group statistics; see group_statistics.cuh.
+struct FinoFactor {
+  const int64_t* order;   // [count], sorts the rows by label
+  const int64_t* labels;  // [count], the sorted labels; −1 is missing
+  const double* basis;    // [count, groups] orthonormal columns Q, labels are 0 or −1; null: categories
+  float* means;           // [groups, width], M
+  float* sizes;           // [groups], rows of the category; 1 for a column of Q
+  int64_t* group;         // [count], dense number of the row's category, −1 where it is missing
+  double* mean;           // [width], over the rows that take part
+  float* squares;         // [2, stripes, groups of all factors], ‖S‖² and ‖U‖² by stripe and group
+  float* rest;            // [count, width], U; null where it is not wanted
+  int64_t groups;         // rows of M: at least the number of categories in the batch
+};
+
+constexpr int64_t kFinoMaxFactors = 32;
+constexpr int64_t kFinoStripe = 32;  // columns
+
+enum FinoType : int64_t { kFinoFloat, kFinoHalf, kFinoBfloat16 };
+
+// Splits z [count, width] of the given type by every factor; `groups` is the sum over the factors.
+int fino_group_statistics(const FinoFactor* factors, int64_t factor_count, const void* z,
+                          int64_t type, int64_t count, int64_t width, int64_t groups, void* stream);
+
+// Sums of products, as in ‖S Uᵀ‖² = Σ_ig sizes_g h_ig² = tr(SᵀS · UᵀU).
+struct FinoProduct {
+  const float* a;      // [rows, columns]
+  const float* b;      // [rows, columns]
+  const float* sizes;  // [columns], a factor of every column; null: 1
+  int64_t rows, columns;
+  double* parts;       // [kFinoParts], whose sum is Σ a·b·sizes
+};
+
+constexpr int64_t kFinoParts = 64;
+
+int fino_product_sums(const FinoProduct* products, int64_t product_count, void* stream);
+
+// What the term R of one factor is made of; see overlap_shares.cuh.
+struct FinoOverlap {
+  const float* squares;    // as in FinoFactor
+  const double* numerator;  // [parts], whose sum is ‖S Uᵀ‖²; null: suppress, which needs none
+  int64_t parts;
+  int64_t groups;
+  float* sums;             // [2, groups of all factors], ‖S‖² and ‖U‖² by group
+  float* share;            // [], R
+  double* coefficients;    // [3], of the gradient
+};
+
+// Finishes the terms of all factors; `stripes` and `groups` as in fino_group_statistics.
+int fino_overlap_shares(const FinoOverlap* overlaps, int64_t overlap_count, int64_t stripes,
+                        int64_t groups, void* stream);
+
+// What the gradient of one factor's term at z is made of; see overlap_gradient.cuh.
+struct FinoOverlapGradient {
+  const int64_t* group;        // [count], as in FinoFactor, like the following
+  const double* basis;         // [count, groups] or null
+  const double* mean;          // [width]
+  const float* means;          // [groups, width], M
+  const float* rest;           // [count, width], U, or null: suppress
+  const float* rest_side;      // [count, width], U SᵀS, or null
+  const float* signal_side;    // [groups, width], M UᵀU, or null
+  const double* coefficients;  // [3], of fino_overlap_shares
+  const float* scale;          // [], the gradient at R
+  int64_t groups;
+};
+
+// The gradient at z [count, width] of the given type, summed over the factors.
+int fino_overlap_gradient(const FinoOverlapGradient* overlaps, int64_t overlap_count, const void* z,
+                          int64_t type, int64_t count, int64_t width, void* out, void* stream);
 
 // A prototype bank and the rows that move it.
 struct FinoBank {
@@ -24,11 +91,10 @@ struct FinoBank {
   bool unit_norm;         // concentration="fixed": centroids are unit vectors, φ stays
 };
 
-// Kernel arguments are limited to 4 KB; more banks take more launches.
 constexpr int64_t kFinoMaxBanks = 32;
 
 // Moves the centroids of the labels towards the rows of `teacher` [views, count, width], view by
-// view. Returns a cudaError_t.
+// view.
 int fino_bank_update(const FinoBank* banks, int64_t bank_count, const float* teacher,
                      int64_t views, int64_t count, int64_t width, void* stream);
 }

@@ -50,9 +50,4 @@ def quick_interpreter() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """`torch.empty` gives NaN (integers: their maximum): an entry that is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+def _poisoned(poisoned: None) -> None: ...
