@@ -41,6 +41,10 @@ X86_LEVELS = {
         "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c",
         "-mprefer-vector-width=512",
     ],
+    "avx512_bf16": [
+        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
 }  # fmt: skip
 LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
 KERNEL_FLAGS = [
@@ -153,7 +157,9 @@ def native_build() -> dict[str, object]:
             "csrc/ops.cpp",
             "csrc/module.cpp",
             "csrc/cpu/capability.cpp",
-            "csrc/cpu/sweep.cpp",
+            "csrc/cpu/contrastive.cpp",
+            "csrc/cpu/heads.cpp",
+            "csrc/cpu/wide_head.cpp",
             "csrc/cpu/orthogonal.cpp",
         ],
         define_macros=[(f"FINO_HAVE_{level.upper()}", "1") for level in LEVELS],

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "cpu/capability.h"
 
 namespace py = pybind11;
@@ -13,6 +15,15 @@ PYBIND11_MODULE(_C, m) {
         "Instruction-set level in use; FINO_CPU_CAPABILITY forces one.");
   m.def("capabilities", &fino::capabilities,
         "Instruction-set levels of this binary that this processor runs, lowest first.");
+  m.def("choose_bf16_products",
+        [](std::optional<bool> always) {
+          fino::choose_bf16_products(!always   ? fino::Bf16Products::by_level
+                                     : *always ? fino::Bf16Products::always
+                                               : fino::Bf16Products::never);
+        },
+        py::arg("always"),
+        "Multiply bf16 rows as they are (True), in fp32 (False), or as bf16 where the processor has "
+        "instructions for it (None, the default). Sums are in fp32 in any case.");
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = __VERSION__;

@@ -9,8 +9,18 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/capability.h"
+#include "cpu/contrastive.h"
+#include "cpu/heads.h"
 #include "cpu/orthogonal.h"
-#include "cpu/sweep.h"
+#include "cpu/rows.h"
+#include "cpu/wide_head.h"
+
+// MKL's product of bf16 with sums in fp32, which PyTorch exports where it is built with MKL and has no
+// operator for. Null elsewhere.
+extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(
+    int layout, int transpose_a, int transpose_b, int m, int n, int k, float alpha,
+    const fino::Bf16* a, int lda, const fino::Bf16* b, int ldb, float beta, float* c, int ldc);
 
 namespace fino {
 namespace {
@@ -23,7 +33,7 @@ constexpr at::ScalarType scalar_type = std::is_same_v<T, double> ? at::kDouble :
 
 // Torch's own matrix product on raw pointers.
 template <typename T>
-void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const T* a,
+void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, T alpha, const T* a,
           int64_t lda, const T* b, int64_t ldb, bool accumulate, T* c, int64_t ldc) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto options = at::TensorOptions().dtype(scalar_type<T>);
@@ -34,19 +44,42 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, c
   };
   Tensor out = matrix(c, false, m, n, ldc);
   const Tensor left = matrix(a, transpose_a, m, k, lda), right = matrix(b, transpose_b, k, n, ldb);
-  if (accumulate)
-    at::addmm_out(out, out, left, right);
+  if (accumulate || alpha != T(1))
+    at::addmm_out(out, out, left, right, /*beta=*/accumulate ? 1 : 0, /*alpha=*/alpha);
   else
     at::mm_out(out, left, right);
 }
 
-template <typename T>
-const Runtime<T> runtime = {
-    gemm<T>,
-    [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-      at::parallel_for(0, n, 1, body);
-    },
-};
+void gemm_bf16(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha,
+               const Bf16* a, int64_t lda, const Bf16* b, int64_t ldb, bool accumulate, float* c,
+               int64_t ldc) {
+  constexpr int row_major = 101, plain = 111, transposed = 112;  // CBLAS's own numbers
+  cblas_gemm_bf16bf16f32(row_major, transpose_a ? transposed : plain,
+                         transpose_b ? transposed : plain, int(m), int(n), int(k), alpha, a, int(lda),
+                         b, int(ldb), accumulate ? 1 : 0, c, int(ldc));
+}
+
+void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+  at::parallel_for(0, n, 1, body);
+}
+
+// T is the type of the sums, P that of the products' operands (cpu/runtime.h).
+template <typename T, typename P>
+Runtime<T, P> runtime() {
+  if constexpr (std::is_same_v<P, Bf16>)
+    return {gemm_bf16, parallel};
+  else
+    return {gemm<T>, parallel};
+}
+
+// Calls run(T, P) with the types that serve rows of this dtype.
+template <typename Run>
+auto by_precision(at::ScalarType rows, const Run& run) {
+  if (rows == at::kDouble) return run(double(), double());
+  if (rows == at::kBFloat16 && multiplies_bf16() && cblas_gemm_bf16bf16f32 != nullptr)
+    return run(float(), Bf16());
+  return run(float(), float());
+}
 
 // In one order, whatever the number of threads.
 template <typename T>
@@ -57,18 +90,30 @@ double total(const Tensor& values) {
   return sum;
 }
 
-// All sums are in fp32, or in fp64 for fp64 input; products of half precision are taken in fp32.
+// All sums are in fp32, or in fp64 for fp64 input.
 template <typename T>
 Tensor dense(const Tensor& x) {
   return x.to(scalar_type<T>).contiguous();
 }
+
+// A contiguous matrix as operand of the products; a copy only where its dtype is another.
+template <typename P>
+class Matrix {
+ public:
+  explicit Matrix(const Tensor& x)
+      : tensor_(x.to(std::is_same_v<P, Bf16> ? at::kBFloat16 : scalar_type<P>).contiguous()) {}
+  const P* data() const { return static_cast<const P*>(tensor_.const_data_ptr()); }
+
+ private:
+  Tensor tensor_;
+};
 
 template <typename T>
 struct Unit {
   Tensor rows, norms;
 
   explicit Unit(const Tensor& x) : rows(at::empty_like(x)), norms(at::empty({x.size(0)}, x.options())) {
-    normalize_rows<T>(runtime<T>, x.data_ptr<T>(), x.size(0), x.size(1), rows.data_ptr<T>(),
+    normalize_rows<T>(parallel, x.data_ptr<T>(), x.size(0), x.size(1), rows.data_ptr<T>(),
                       norms.data_ptr<T>());
   }
 };
@@ -125,21 +170,23 @@ Tensor positives(const Tensor& rows, const Tensor& columns, const Batch& batch) 
   return (sums - rows.view({batch.views, batch.local, width})).view({-1, width});
 }
 
-template <typename T>
+template <typename T, typename P>
 std::tuple<Tensor, Tensor> contrastive_forward_of(const Tensor& rows_in, const Tensor& columns_in,
                                                   double scale, const Batch& batch) {
   const bool whole = batch.local == batch.images;
   const Unit<T> rows(dense<T>(rows_in));
   const Tensor columns = whole ? rows.rows : Unit<T>(dense<T>(columns_in)).rows;
   const int64_t n = rows_in.size(0), d = rows_in.size(1);
-  const T *x = rows.rows.template data_ptr<T>(), *y = columns.template data_ptr<T>();
+  const Matrix<P> left(rows.rows), right(columns);
+  const P *x = left.data(), *y = right.data();
+  const Runtime<T, P> host = runtime<T, P>();
   Tensor lse = at::empty({n}, rows.norms.options());
   T* out = lse.data_ptr<T>();
   if (symmetric(batch, scale)) {
-    pair_logsumexp<T>(runtime<T>, x, n, d, T(scale), batch.two_tower, out);
+    pair_logsumexp<T, P>(host, x, n, d, T(scale), batch.two_tower, out);
   } else {
     for_each_view(batch, [&](int64_t row, int64_t column, int64_t count, int64_t skip) {
-      cross_logsumexp<T>(runtime<T>, x + row * d, batch.local, y + column * d, count, d, T(scale),
+      cross_logsumexp<T, P>(host, x + row * d, batch.local, y + column * d, count, d, T(scale),
                          skip, out + row);
     });
   }
@@ -149,7 +196,7 @@ std::tuple<Tensor, Tensor> contrastive_forward_of(const Tensor& rows_in, const T
   return {at::scalar_tensor(loss, lse.options()), lse};
 }
 
-template <typename T>
+template <typename T, typename P>
 std::tuple<Tensor, Tensor> contrastive_backward_of(double upstream, const Tensor& rows_in,
                                                    const Tensor& columns_in, double scale,
                                                    const Tensor& lse_rows,
@@ -158,16 +205,18 @@ std::tuple<Tensor, Tensor> contrastive_backward_of(double upstream, const Tensor
   const Unit<T> rows(dense<T>(rows_in));
   const Tensor columns = whole ? rows.rows : Unit<T>(dense<T>(columns_in)).rows;
   const int64_t n = rows_in.size(0), d = rows_in.size(1);
-  const T *x = rows.rows.template data_ptr<T>(), *y = columns.template data_ptr<T>();
+  const Matrix<P> left(rows.rows), right(columns);
+  const P *x = left.data(), *y = right.data();
+  const Runtime<T, P> host = runtime<T, P>();
   const Tensor row_lse = dense<T>(lse_rows), column_lse = dense<T>(lse_columns);
   // Σ_j (softmax_ij + softmax_ji) x̂_j, less the positives of both directions.
   Tensor g = at::zeros_like(rows.rows);
   if (symmetric(batch, scale)) {
-    pair_gradient<T>(runtime<T>, x, n, d, T(scale), batch.two_tower, row_lse.data_ptr<T>(),
+    pair_gradient<T, P>(host, x, n, d, T(scale), batch.two_tower, row_lse.data_ptr<T>(),
                      g.data_ptr<T>());
   } else {
     for_each_view(batch, [&](int64_t row, int64_t column, int64_t count, int64_t skip) {
-      cross_gradient<T>(runtime<T>, x + row * d, batch.local, y + column * d, count, d, T(scale),
+      cross_gradient<T, P>(host, x + row * d, batch.local, y + column * d, count, d, T(scale),
                         skip, row_lse.data_ptr<T>() + row, column_lse.data_ptr<T>() + column,
                         g.data_ptr<T>() + row * d);
     });
@@ -175,8 +224,8 @@ std::tuple<Tensor, Tensor> contrastive_backward_of(double upstream, const Tensor
   g.sub_(positives(rows.rows, columns, batch), 2.0 / (batch.views - 1));
   g.mul_(upstream * scale / columns_in.size(0));
   Tensor along = at::empty_like(rows.norms);
-  normalize_rows_backward<T>(runtime<T>, g.data_ptr<T>(), x, rows.norms.template data_ptr<T>(), n,
-                             d, along.data_ptr<T>());
+  normalize_rows_backward<T>(parallel, g.data_ptr<T>(), rows.rows.template data_ptr<T>(),
+                             rows.norms.template data_ptr<T>(), n, d, along.data_ptr<T>());
   // ⟨g_i, x̂_i⟩ = scale · Σ_j (A_ij + A_ji) c_ij with A = ∂L/∂s; over all rows twice scale·∂L/∂scale.
   const double grad_scale = total<T>(along) / (2 * scale);
   return {g.to(rows_in.scalar_type()), at::scalar_tensor(grad_scale, along.options())};
@@ -187,9 +236,9 @@ std::tuple<Tensor, Tensor> contrastive_forward(const Tensor& rows, const Tensor&
                                                int64_t first, bool two_tower) {
   const Batch batch = checked_batch(rows, columns, views, first, two_tower);
   const double scale = logit_scale.item<double>();
-  return rows.scalar_type() == at::kDouble
-             ? contrastive_forward_of<double>(rows, columns, scale, batch)
-             : contrastive_forward_of<float>(rows, columns, scale, batch);
+  return by_precision(rows.scalar_type(), [&](auto t, auto p) {
+    return contrastive_forward_of<decltype(t), decltype(p)>(rows, columns, scale, batch);
+  });
 }
 
 std::tuple<Tensor, Tensor> contrastive_backward(const Tensor& grad, const Tensor& rows,
@@ -200,181 +249,320 @@ std::tuple<Tensor, Tensor> contrastive_backward(const Tensor& grad, const Tensor
   TORCH_CHECK(lse_rows.numel() == rows.size(0) && lse_columns.numel() == columns.size(0),
               "fino: lse_rows and lse_columns must be [N] and [M]");
   const double upstream = grad.item<double>(), scale = logit_scale.item<double>();
-  const auto backward = rows.scalar_type() == at::kDouble ? contrastive_backward_of<double>
-                                                          : contrastive_backward_of<float>;
-  auto [grad_rows, grad_scale] =
-      backward(upstream, rows, columns, scale, lse_rows, lse_columns, batch);
+  auto [grad_rows, grad_scale] = by_precision(rows.scalar_type(), [&](auto t, auto p) {
+    return contrastive_backward_of<decltype(t), decltype(p)>(upstream, rows, columns, scale, lse_rows,
+                                                             lse_columns, batch);
+  });
   return {grad_rows, grad_scale.to(logit_scale.scalar_type())};
 }
 
 // ---------------------------------------------------------------------------------- heads
 
-struct HeadTensors {
-  Tensor x, bank, offset, target, inv_count, counts;
-  HeadKind kind;
-  double smoothing;
+// What describes the heads of one step: one entry a head, but for the rows, one a group of heads whose
+// weighted sum is wanted.
+struct HeadLists {
+  at::TensorList x, bank, offset, target, inv_count, counts, guidance;
+  at::ArrayRef<double> weight, smoothing;
+  at::IntArrayRef kind, group;
+
+  size_t size() const { return bank.size(); }
+  const Tensor& rows(size_t f) const { return x[static_cast<size_t>(group[f])]; }
+  HeadKind kind_of(size_t f) const { return static_cast<HeadKind>(kind[f]); }
+  bool classifies(size_t f) const {
+    return kind_of(f) == HeadKind::linear || kind_of(f) == HeadKind::prototype;
+  }
+
+  void check() const {
+    const size_t n = size();
+    TORCH_CHECK(n > 0, "fino: there are no heads");
+    TORCH_CHECK(offset.size() == n && target.size() == n && inv_count.size() == n &&
+                    counts.size() == n && guidance.size() == n && weight.size() == n &&
+                    smoothing.size() == n && kind.size() == n && group.size() == n,
+                "fino: the lists that describe the heads differ in length");
+    for (size_t f = 0; f < n; ++f) check(f);
+  }
+
+ private:
+  void check(size_t f) const {
+    TORCH_CHECK(group[f] >= 0 && static_cast<size_t>(group[f]) < x.size(), "fino: head ", f,
+                ": there is no group ", group[f]);
+    TORCH_CHECK(kind[f] >= 0 && kind[f] <= static_cast<int64_t>(HeadKind::tanh),
+                "fino: head ", f, " is of unknown kind ", kind[f]);
+    TORCH_CHECK((rows(f).scalar_type() == at::kDouble) == (x[0].scalar_type() == at::kDouble),
+                "fino: rows in fp64 and in another precision");
+    TORCH_CHECK(rows(f).dim() == 2 && bank[f].dim() == 2 && rows(f).size(1) == bank[f].size(1),
+                "fino: head ", f, ": x and bank must be [N, D] and [K, D], found ", rows(f).sizes(),
+                " and ", bank[f].sizes());
+    const int64_t n = rows(f).size(0), k = bank[f].size(0);
+    TORCH_CHECK(offset[f].numel() == k, "fino: head ", f, ": offset must be [K=", k, "]");
+    TORCH_CHECK(target[f].numel() == (classifies(f) ? n : n * k), "fino: head ", f,
+                ": target must be [N] or [N, K], found ", target[f].sizes());
+    TORCH_CHECK(!classifies(f) || target[f].scalar_type() == at::kLong, "fino: head ", f,
+                ": target must be int64");
+    TORCH_CHECK(!classifies(f) || n == 0 || target[f].max().item<int64_t>() < k, "fino: head ", f,
+                ": a target is not below K=", k);
+    TORCH_CHECK(kind_of(f) != HeadKind::prototype || counts[f].numel() == k, "fino: head ", f,
+                ": counts must be [K=", k, "]");
+  }
 };
 
-HeadTensors checked_head(at::TensorList x, at::TensorList bank, at::TensorList offset,
-                         at::TensorList target, at::TensorList inv_count, at::TensorList counts,
-                         at::IntArrayRef kind, at::ArrayRef<double> smoothing, size_t f) {
-  TORCH_CHECK(bank.size() == x.size() && offset.size() == x.size() && target.size() == x.size() &&
-                  inv_count.size() == x.size() && counts.size() == x.size() &&
-                  kind.size() == x.size() && smoothing.size() == x.size(),
-              "fino: the lists that describe the heads differ in length");
-  TORCH_CHECK(kind[f] >= 0 && kind[f] <= static_cast<int64_t>(HeadKind::tanh),
-              "fino: head ", f, " is of unknown kind ", kind[f]);
-  const HeadTensors head{x[f],         bank[f],   offset[f], target[f],
-                         inv_count[f], counts[f], static_cast<HeadKind>(kind[f]), smoothing[f]};
-  const int64_t n = head.x.size(0), k = head.bank.size(0);
-  TORCH_CHECK(head.x.dim() == 2 && head.bank.dim() == 2 && head.x.size(1) == head.bank.size(1),
-              "fino: head ", f, ": x and bank must be [N, D] and [K, D], found ", head.x.sizes(),
-              " and ", head.bank.sizes());
-  TORCH_CHECK(head.offset.numel() == k, "fino: head ", f, ": offset must be [K=", k, "]");
-  const bool classes = head.kind == HeadKind::linear || head.kind == HeadKind::prototype;
-  TORCH_CHECK(head.target.numel() == (classes ? n : n * k), "fino: head ", f,
-              ": target must be [N] or [N, K], found ", head.target.sizes());
-  TORCH_CHECK(!classes || head.target.scalar_type() == at::kLong, "fino: head ", f,
-              ": target must be int64");
-  TORCH_CHECK(!classes || n == 0 || head.target.max().item<int64_t>() < k, "fino: head ", f,
-              ": a target is not below K=", k);
-  TORCH_CHECK(head.kind != HeadKind::prototype || head.counts.numel() == k, "fino: head ", f,
-              ": counts must be [K=", k, "]");
-  return head;
+// The rows of x as T, where they are if they can be read there. Those without a label or an observed
+// value become zeros: they may hold anything, and 0 · NaN in the products would let it in.
+template <typename T>
+Rows<T> rows_of(const Tensor& x, const Tensor& target, bool classes) {
+  const Tensor unlabelled = classes ? target < 0 : target.isnan().view({x.size(0), -1}).all(1);
+  const bool some = unlabelled.any().item<bool>();
+  if (!some && x.scalar_type() == scalar_type<T> && x.is_contiguous())
+    return [x](int64_t first, int64_t, T*) { return x.const_data_ptr<T>() + first * x.size(1); };
+  return [x, unlabelled, some](int64_t first, int64_t count, T* buffer) -> const T* {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    Tensor rows = at::from_blob(buffer, {count, x.size(1)}, scalar_type<T>);
+    rows.copy_(x.narrow(0, first, count));
+    if (some) rows.masked_fill_(unlabelled.narrow(0, first, count).unsqueeze(1), 0);
+    return buffer;
+  };
 }
 
 struct HeadOutput {
   double loss, metric;
-  Tensor grad_x, grad_bank, grad_offset;
+  Tensor grad_bank, grad_offset;
 };
 
-// The rows with a label or an observed value, and zeros: a row that takes no part may hold anything,
-// and 0 · NaN in the products would let it in. Copies only where there is such a row.
-Tensor without_unlabelled(const Tensor& x, const Tensor& target, bool classes) {
-  const Tensor unlabelled = classes ? target < 0 : target.isnan().view({x.size(0), -1}).all(1);
-  return unlabelled.any().item<bool>() ? x.masked_fill(unlabelled.unsqueeze(1), 0) : x;
-}
-
-template <typename T>
-HeadOutput head_of(const HeadTensors& in, bool want_x, bool want_bank) {
+// `grad_x` [N, D] may be undefined: not wanted.
+template <typename T, typename P>
+HeadOutput head_of(const HeadLists& in, size_t f, const Tensor& grad_x, bool accumulate,
+                   bool want_bank) {
   const auto options = at::TensorOptions().dtype(scalar_type<T>);
-  const bool prototype = in.kind == HeadKind::prototype;
+  const bool prototype = in.kind_of(f) == HeadKind::prototype, classes = in.classifies(f);
   want_bank = want_bank && !prototype;
-  const bool classes = prototype || in.kind == HeadKind::linear;
-  Tensor x = without_unlabelled(dense<T>(in.x), in.target, classes), norms;
-  const Tensor bank = dense<T>(in.bank);
-  Tensor offset = dense<T>(in.offset), scale, target = in.target.contiguous();
+  const Tensor& x = in.rows(f);
+  const Matrix<P> bank(in.bank[f]);
+  Tensor offset = dense<T>(in.offset[f]), scale, target = in.target[f].contiguous();
   if (prototype) {
-    const Unit<T> unit(x);
-    x = unit.rows;
-    norms = unit.norms;
-    const Tensor unseen = in.counts <= 0;
-    const Tensor length = at::linalg_vector_norm(bank, 2, at::IntArrayRef{1}).clamp_min(1e-12);
+    const Tensor unseen = in.counts[f] <= 0;
+    const Tensor length = at::linalg_vector_norm(in.bank[f], 2, at::IntArrayRef{1}, false,
+                                                 scalar_type<T>).clamp_min(normalize_eps);
     scale = (length * offset).reciprocal().masked_fill_(unseen, 0);
     offset = at::zeros_like(scale).masked_fill_(unseen, std::numeric_limits<T>::lowest());
   } else if (!classes) {
     target = dense<T>(target);
   }
   HeadOutput out;
-  out.grad_x = want_x ? at::empty_like(x) : at::empty({0}, options);
-  out.grad_bank = want_bank ? at::zeros_like(bank) : at::empty({0}, options);
+  out.grad_bank = want_bank ? at::zeros(in.bank[f].sizes(), options) : at::empty({0}, options);
   out.grad_offset = want_bank ? at::zeros_like(offset) : at::empty({0}, options);
 
-  Head<T> head{};
-  head.kind = in.kind;
-  head.x = x.data_ptr<T>();
-  head.bank = bank.data_ptr<T>();
+  const T inv_count = in.inv_count[f].item<T>();
+  Head<T, P> head{};
+  head.kind = in.kind_of(f);
+  head.rows = rows_of<T>(x, in.target[f], classes);
+  head.bank = bank.data();
   head.scale = prototype ? scale.data_ptr<T>() : nullptr;
   head.offset = offset.data_ptr<T>();
   head.target = classes ? target.data_ptr<int64_t>() : nullptr;
   head.value = classes ? nullptr : target.data_ptr<T>();
   head.n = x.size(0);
-  head.k = bank.size(0);
+  head.k = in.bank[f].size(0);
   head.d = x.size(1);
-  head.smoothing = T(in.smoothing);
-  head.weight = in.inv_count.item<T>();
-  head.grad_x = want_x ? out.grad_x.data_ptr<T>() : nullptr;
+  head.smoothing = T(in.smoothing[f]);
+  head.weight = T(in.weight[f]) * inv_count;
+  head.guidance = in.guidance[f].item<T>();
+  head.grad_x = grad_x.defined() ? grad_x.data_ptr<T>() : nullptr;
+  head.accumulate = accumulate;
   head.grad_bank = want_bank ? out.grad_bank.data_ptr<T>() : nullptr;
   head.grad_offset = want_bank ? out.grad_offset.data_ptr<T>() : nullptr;
-  const RowLoss<double> sum = head_sweep<T>(runtime<T>, head);
-  out.loss = sum.loss * head.weight;
-  out.metric = sum.metric * head.weight;
-  if (want_x && prototype) {
-    Tensor along = at::empty_like(norms);
-    normalize_rows_backward<T>(runtime<T>, head.grad_x, head.x, norms.data_ptr<T>(), head.n,
-                               head.d, along.data_ptr<T>());
-  }
+  const RowLoss<double> sum = head_sweep<T, P>(runtime<T, P>(), head);
+  out.loss = sum.loss * inv_count;
+  out.metric = sum.metric * inv_count;
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> heads_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> heads_forward(
     at::TensorList x, at::TensorList bank, at::TensorList offset, at::TensorList target,
-    at::TensorList inv_count, at::TensorList counts, at::IntArrayRef kind,
-    at::ArrayRef<double> smoothing, bool want_x, bool want_bank) {
-  TORCH_CHECK(!x.empty(), "fino: there are no heads");
-  const bool wide = x[0].scalar_type() == at::kDouble;
+    at::TensorList inv_count, at::TensorList counts, at::TensorList guidance,
+    at::ArrayRef<double> weight, at::IntArrayRef kind, at::ArrayRef<double> smoothing,
+    at::IntArrayRef group, bool want_x, bool want_bank) {
+  const HeadLists in{x,        bank,   offset,    target, inv_count, counts,
+                     guidance, weight, smoothing, kind,   group};
+  in.check();
+  const auto options = at::TensorOptions().dtype(x[0].scalar_type() == at::kDouble ? at::kDouble
+                                                                                   : at::kFloat);
+  // Not in the inputs' precision: the gradients are still to be multiplied by the upstream one, and a
+  // loss scale that keeps fp16 from underflowing is part of that.
   Tensors grad_x, grad_bank, grad_offset;
-  const auto options = at::TensorOptions().dtype(wide ? at::kDouble : at::kFloat);
-  const auto size = static_cast<int64_t>(x.size());
-  Tensor losses = at::empty({size}, options), metrics = at::empty({size}, options);
-  for (size_t f = 0; f < x.size(); ++f) {
-    const HeadTensors in =
-        checked_head(x, bank, offset, target, inv_count, counts, kind, smoothing, f);
-    HeadOutput out = wide ? head_of<double>(in, want_x, want_bank)
-                          : head_of<float>(in, want_x, want_bank);
-    losses[static_cast<int64_t>(f)] = out.loss;
-    metrics[static_cast<int64_t>(f)] = out.metric;
-    // Not in the inputs' precision: they are still to be multiplied by the upstream gradient, and
-    // a loss scale that keeps fp16 from underflowing is part of that.
-    grad_x.push_back(out.grad_x);
+  for (const Tensor& rows : x)
+    grad_x.push_back(at::empty(want_x ? rows.sizes() : at::IntArrayRef{0}, options));
+  std::vector<double> sums(x.size(), 0.0), losses, metrics;
+  std::vector<bool> begun(x.size(), false);
+  for (size_t f = 0; f < in.size(); ++f) {
+    const auto g = static_cast<size_t>(group[f]);
+    const HeadOutput out = by_precision(x[g].scalar_type(), [&](auto t, auto p) {
+      return head_of<decltype(t), decltype(p)>(in, f, want_x ? grad_x[g] : Tensor(), begun[g],
+                                               want_bank);
+    });
+    begun[g] = true;
+    sums[g] += weight[f] * out.loss;
+    losses.push_back(out.loss);
+    metrics.push_back(out.metric);
     grad_bank.push_back(out.grad_bank);
     grad_offset.push_back(out.grad_offset);
   }
-  return {losses, metrics, grad_x, grad_bank, grad_offset};
+  for (size_t g = 0; g < x.size(); ++g)
+    TORCH_CHECK(begun[g], "fino: group ", g, " has no head");
+  return {at::tensor(sums, options), at::tensor(losses, options), at::tensor(metrics, options),
+          grad_x, grad_bank, grad_offset};
+}
+
+// ------------------------------------------------------------------------------ wide head
+
+// The linear head of a bank whose gradient is not held from the forward to the backward pass.
+struct WideTensors {
+  Tensor x, bank, offset, target;
+  double smoothing;
+
+  void check() const {
+    const int64_t n = x.size(0), k = bank.size(0);
+    TORCH_CHECK(x.dim() == 2 && bank.dim() == 2 && x.size(1) == bank.size(1),
+                "fino: x and bank must be [N, D] and [K, D], found ", x.sizes(), " and ",
+                bank.sizes());
+    TORCH_CHECK(offset.numel() == k, "fino: offset must be [K=", k, "]");
+    TORCH_CHECK(target.numel() == n && target.scalar_type() == at::kLong,
+                "fino: target must be int64 [N=", n, "]");
+    TORCH_CHECK(n == 0 || target.max().item<int64_t>() < k, "fino: a target is not below K=", k);
+  }
+};
+
+template <typename T, typename P, typename Run>
+auto with_wide_head(const WideTensors& in, const Run& run) {
+  const Matrix<P> bank(in.bank);
+  const Tensor offset = dense<T>(in.offset), target = in.target.contiguous();
+  const WideHead<T, P> head{rows_of<T>(in.x, target, /*classes=*/true),
+                            bank.data(),
+                            offset.data_ptr<T>(),
+                            target.data_ptr<int64_t>(),
+                            in.x.size(0),
+                            in.bank.size(0),
+                            in.x.size(1),
+                            T(in.smoothing)};
+  return run(head);
+}
+
+std::tuple<Tensor, Tensor, Tensor> wide_head_forward(const Tensor& x, const Tensor& bank,
+                                                     const Tensor& offset, const Tensor& target,
+                                                     const Tensor& inv_count, double smoothing) {
+  const WideTensors in{x, bank, offset, target, smoothing};
+  in.check();
+  return by_precision(x.scalar_type(), [&](auto t, auto p) {
+    using T = decltype(t);
+    using P = decltype(p);
+    return with_wide_head<T, P>(in, [&](const WideHead<T, P>& head) {
+      Tensor lse = at::empty({head.n}, at::TensorOptions().dtype(scalar_type<T>));
+      const RowLoss<double> sum = wide_head_loss(runtime<T, P>(), head, lse.data_ptr<T>());
+      const double count = inv_count.item<T>();
+      return std::tuple{at::scalar_tensor(sum.loss * count, lse.options()),
+                        at::scalar_tensor(sum.metric * count, lse.options()), lse};
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> wide_head_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& bank, const Tensor& offset,
+    const Tensor& target, const Tensor& inv_count, const Tensor& lse, double smoothing, bool want_x,
+    bool want_bank) {
+  const WideTensors in{x, bank, offset, target, smoothing};
+  in.check();
+  TORCH_CHECK(lse.numel() == x.size(0), "fino: lse must be [N=", x.size(0), "]");
+  return by_precision(x.scalar_type(), [&](auto t, auto p) {
+    using T = decltype(t);
+    using P = decltype(p);
+    return with_wide_head<T, P>(in, [&](const WideHead<T, P>& head) {
+      const auto options = at::TensorOptions().dtype(scalar_type<T>);
+      const auto gradient = [&](const Tensor& like, bool wanted) {
+        return at::empty(wanted ? like.sizes() : at::IntArrayRef{0}, options);
+      };
+      Tensor grad_x = gradient(x, want_x), grad_bank = gradient(bank, want_bank),
+             grad_offset = gradient(offset, want_bank);
+      const Tensor row_lse = dense<T>(lse);
+      wide_head_gradient(runtime<T, P>(), head, row_lse.data_ptr<T>(),
+                         grad.item<T>() * inv_count.item<T>(),
+                         want_x ? grad_x.data_ptr<T>() : nullptr,
+                         want_bank ? grad_bank.data_ptr<T>() : nullptr,
+                         want_bank ? grad_offset.data_ptr<T>() : nullptr);
+      return std::tuple{grad_x.to(x.scalar_type()), grad_bank.to(bank.scalar_type()),
+                        grad_offset.to(offset.scalar_type())};
+    });
+  });
 }
 
 // ----------------------------------------------------------------------------- orthogonal
 
+// A factor's projector; owns what the kernel points to.
 template <typename T>
-std::tuple<Tensor, Tensor> orthogonal_of(const Tensor& z_in, const Tensor& design, bool preserve) {
-  const Tensor z = dense<T>(z_in);
-  Projector<T> projector{};
-  Tensor slots, sizes, basis;
-  if (design.dim() == 1) {
-    Tensor labels;
-    std::tie(labels, slots, sizes) =
-        at::_unique2(design.clamp_min(-1), /*sorted=*/true, /*return_inverse=*/true,
-                     /*return_counts=*/true);
-    if (labels.numel() > 0 && labels[0].item<int64_t>() < 0) {  // the first slot: the missing
-      slots = slots - 1;
-      sizes = sizes.slice(0, 1);
+class Design {
+ public:
+  explicit Design(const Tensor& design) {
+    if (design.dim() == 1) {
+      Tensor labels;
+      std::tie(labels, slots_, sizes_) =
+          at::_unique2(design.clamp_min(-1), /*sorted=*/true, /*return_inverse=*/true,
+                       /*return_counts=*/true);
+      if (labels.numel() > 0 && labels[0].item<int64_t>() < 0) {  // the first slot: the missing
+        slots_ = slots_ - 1;
+        sizes_ = sizes_.slice(0, 1);
+      }
+      sizes_ = dense<T>(sizes_);
+    } else {
+      basis_ = dense<T>(design);
+      sizes_ = at::ones({basis_.size(1)}, basis_.options());
     }
-    sizes = dense<T>(sizes);
-    projector.slot = slots.data_ptr<int64_t>();
-  } else {
-    basis = dense<T>(design);
-    sizes = at::ones({basis.size(1)}, basis.options());
-    projector.basis = basis.data_ptr<T>();
   }
-  projector.size = sizes.data_ptr<T>();
-  projector.k = sizes.numel();
-  Tensor grad = at::empty_like(z);
-  const double value =
-      orthogonal<T>(runtime<T>, z.data_ptr<T>(), z.size(0), z.size(1), projector,
-                    preserve ? Overlap::shared : Overlap::explained, grad.data_ptr<T>());
-  return {at::scalar_tensor(value, z.options()), grad};
+
+  Projector<T> projector() const {
+    return {slots_.defined() ? slots_.const_data_ptr<int64_t>() : nullptr,
+            basis_.defined() ? basis_.const_data_ptr<T>() : nullptr, sizes_.const_data_ptr<T>(),
+            sizes_.numel()};
+  }
+
+ private:
+  Tensor slots_, basis_, sizes_;
+};
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> orthogonal_of(const Tensor& z_in, at::TensorList designs,
+                                                 const c10::List<bool>& preserve,
+                                                 at::ArrayRef<double> weight, double guidance) {
+  const Tensor z = dense<T>(z_in);
+  Tensor grad = at::zeros_like(z);
+  std::vector<double> values;
+  double sum = 0;
+  for (size_t f = 0; f < designs.size(); ++f) {
+    const Design<T> design(designs[f]);
+    values.push_back(orthogonal<T>(runtime<T, T>(), z.data_ptr<T>(), z.size(0), z.size(1),
+                                   design.projector(),
+                                   preserve[f] ? Overlap::shared : Overlap::explained,
+                                   T(weight[f] * guidance), grad.data_ptr<T>()));
+    sum += weight[f] * values.back();
+  }
+  return {at::scalar_tensor(sum, z.options()), at::tensor(values, z.options()), grad};
 }
 
-std::tuple<Tensor, Tensor> orthogonal_forward(const Tensor& z, const Tensor& design,
-                                              bool preserve) {
+std::tuple<Tensor, Tensor, Tensor> orthogonal_forward(const Tensor& z, at::TensorList designs,
+                                                      const c10::List<bool>& preserve,
+                                                      at::ArrayRef<double> weight,
+                                                      const Tensor& guidance) {
   TORCH_CHECK(z.dim() == 2, "fino: z must be [N, D], found ", z.sizes());
-  TORCH_CHECK(design.dim() >= 1 && design.size(0) == z.size(0) &&
-                  (design.dim() == 1 ? design.scalar_type() == at::kLong
-                                     : design.dim() == 2 && design.size(1) >= 1),
-              "fino: the design must be int64 [N=", z.size(0), "] or float [N, d], found ",
-              design.scalar_type(), " ", design.sizes());
-  return z.scalar_type() == at::kDouble ? orthogonal_of<double>(z, design, preserve)
-                                        : orthogonal_of<float>(z, design, preserve);
+  TORCH_CHECK(designs.size() > 0 && preserve.size() == designs.size() &&
+                  weight.size() == designs.size(),
+              "fino: the lists that describe the factors are empty or differ in length");
+  for (const Tensor& design : designs)
+    TORCH_CHECK(design.dim() >= 1 && design.size(0) == z.size(0) &&
+                    (design.dim() == 1 ? design.scalar_type() == at::kLong
+                                       : design.dim() == 2 && design.size(1) >= 1),
+                "fino: the design must be int64 [N=", z.size(0), "] or float [N, d], found ",
+                design.scalar_type(), " ", design.sizes());
+  const double lambda = guidance.item<double>();
+  return z.scalar_type() == at::kDouble
+             ? orthogonal_of<double>(z, designs, preserve, weight, lambda)
+             : orthogonal_of<float>(z, designs, preserve, weight, lambda);
 }
 
 }  // namespace
@@ -391,12 +579,22 @@ TORCH_LIBRARY(fino, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "heads_forward(Tensor[] x, Tensor[] bank, Tensor[] offset, Tensor[] target, "
-      "Tensor[] inv_count, Tensor[] counts, int[] kind, float[] smoothing, bool want_x, "
-      "bool want_bank) -> (Tensor losses, Tensor metrics, Tensor[] grad_x, Tensor[] grad_bank, "
-      "Tensor[] grad_offset)",
+      "Tensor[] inv_count, Tensor[] counts, Tensor[] guidance, float[] weight, int[] kind, "
+      "float[] smoothing, int[] group, bool want_x, bool want_bank) -> (Tensor sums, "
+      "Tensor losses, Tensor metrics, Tensor[] grad_x, Tensor[] grad_bank, Tensor[] grad_offset)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "orthogonal_forward(Tensor z, Tensor design, bool preserve) -> (Tensor value, Tensor grad_z)",
+      "wide_head_forward(Tensor x, Tensor bank, Tensor offset, Tensor target, Tensor inv_count, "
+      "float smoothing) -> (Tensor loss, Tensor metric, Tensor lse)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "wide_head_backward(Tensor grad, Tensor x, Tensor bank, Tensor offset, Tensor target, "
+      "Tensor inv_count, Tensor lse, float smoothing, bool want_x, bool want_bank) "
+      "-> (Tensor grad_x, Tensor grad_bank, Tensor grad_offset)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "orthogonal_forward(Tensor z, Tensor[] designs, bool[] preserve, float[] weight, "
+      "Tensor guidance) -> (Tensor sum, Tensor values, Tensor grad_z)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -404,6 +602,8 @@ TORCH_LIBRARY_IMPL(fino, CPU, m) {
   m.impl("contrastive_forward", contrastive_forward);
   m.impl("contrastive_backward", contrastive_backward);
   m.impl("heads_forward", heads_forward);
+  m.impl("wide_head_forward", wide_head_forward);
+  m.impl("wide_head_backward", wide_head_backward);
   m.impl("orthogonal_forward", orthogonal_forward);
 }
 

@@ -1,11 +1,14 @@
 """The `native` backend: the C++ sweeps of csrc on the CPU."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple, cast
+
 import torch
 from torch import Tensor
 
 from . import ops
 from .distributed import gather_views, rank
-from .eager import weighted_sum
 from .reference import accumulation_dtype, orthonormal_design
 from .terms import ContrastiveCall, HeadCall, HeadResult, OrthogonalCall, Step, StepResult
 
@@ -19,20 +22,11 @@ class Native:
     def step(self, step: Step) -> StepResult:
         """See `terms.Backend`."""
         contrastive_term = None if step.contrastive is None else contrastive(step.contrastive)
-        heads = _heads(list(step.heads), step.balanced)
-        overlaps = [_overlap(call) for call in step.orthogonal]
-        guides = orthogonal = None
-        if heads and not step.balanced:
-            guides = weighted_sum([call.weight for call in step.heads], [h.loss for h in heads])
-        if overlaps:
-            orthogonal = weighted_sum([call.weight for call in step.orthogonal], overlaps)
-        return StepResult(
-            contrastive_term,
-            guides,
-            heads,
-            orthogonal,
-            [overlap.detach() for overlap in overlaps],
-        )
+        guides, heads = None, []
+        if step.heads:
+            guides, heads = _balanced(step.heads) if step.balanced else _guides(step.heads)
+        orthogonal, overlaps = _orthogonal(step.orthogonal) if step.orthogonal else (None, [])
+        return StepResult(contrastive_term, guides, heads, orthogonal, overlaps)
 
 
 def contrastive(call: ContrastiveCall) -> Tensor:
@@ -44,51 +38,110 @@ def contrastive(call: ContrastiveCall) -> Tensor:
     ]
 
 
-def _heads(calls: list[HeadCall], want_gradient: bool) -> list[HeadResult]:
-    results: dict[int, HeadResult] = {}
-    deferred = [] if want_gradient else [i for i, call in enumerate(calls) if _deferred(call)]
-    together = [i for i in range(len(calls)) if i not in deferred]
-    recording = torch.is_grad_enabled()
+def _balanced(calls: Sequence[HeadCall]) -> tuple[None, list[HeadResult]]:
+    """Every head by itself, with the gradient of its rows."""
+    results = _run(
+        [replace(call, x=call.guided, guidance=None, weight=1.0) for call in calls],
+        list(range(len(calls))),
+        want_x=True,
+    )
+    return None, [
+        HeadResult(results.sums[f], results.metrics[f], results.grad_x[f])
+        for f in range(len(calls))
+    ]
+
+
+def _guides(calls: Sequence[HeadCall]) -> tuple[Tensor, list[HeadResult]]:
+    """Σ weight · loss, and the heads' losses and metrics."""
+    results: list[HeadResult | None] = [None] * len(calls)
+    sums = []
+    together = []
+    for f, call in enumerate(calls):
+        if _deferred(call):
+            loss, metric = ops.wide_head(
+                call.guided, call.bank, call.offset, call.target, call.inv_count,
+                float(call.label_smoothing),
+            )  # fmt: skip
+            sums.append(call.weight * loss)
+            results[f] = HeadResult(loss.detach(), metric)
+        else:
+            together.append(f)
     if together:
-        group = [calls[i] for i in together]
-        want_x = want_gradient or (recording and any(call.x.requires_grad for call in group))
-        want_bank = recording and any(
-            call.bank.requires_grad or call.offset.requires_grad for call in group
-        )
-        results |= zip(together, _run(group, want_x, want_bank), strict=True)
-    for i in deferred:
-        results |= zip([i], _run([calls[i]], False, False), strict=True)
-    return [results[i] for i in range(len(calls))]
-
-
-def _overlap(call: OrthogonalCall) -> Tensor:
-    z, design = gather_views(call.guided, 1), gather_views(call.design, 1)
-    if design.dim() == 2:
-        missing = design.isnan().any(1)
-        basis = orthonormal_design(design, ~missing).to(accumulation_dtype(z.dtype))
-        design = basis.masked_fill(missing[:, None], torch.nan)
-    return ops.orthogonal(z, design, call.role == "preserve")
+        members = [calls[f] for f in together]
+        spaces: dict[int, int] = {}
+        group = [spaces.setdefault(id(call.x), len(spaces)) for call in members]
+        recording = torch.is_grad_enabled()
+        run = _run(members, group, recording and any(call.x.requires_grad for call in members))
+        sums.append(run.sums.sum())
+        for i, f in enumerate(together):
+            results[f] = HeadResult(run.losses[i], run.metrics[i])
+    return torch.stack(sums).sum(), cast(list[HeadResult], results)
 
 
 def _deferred(call: HeadCall) -> bool:
     # A prototype bank has no gradient, and moves before the backward pass.
-    return call.kind != "prototype" and call.bank.numel() * 4 > DEFERRED_BANK_BYTES
+    return call.kind == "linear" and call.bank.numel() * 4 > DEFERRED_BANK_BYTES
 
 
-def _run(calls: list[HeadCall], want_x: bool, want_bank: bool) -> list[HeadResult]:
+class _Run(NamedTuple):
+    sums: Tensor  # [G]
+    losses: Tensor  # [F]
+    metrics: Tensor  # [F]
+    grad_x: list[Tensor]
+
+
+def _run(calls: list[HeadCall], group: list[int], want_x: bool) -> _Run:
+    x = calls[0].x
     no_counts = calls[0].target.new_empty(0, dtype=torch.int64)
-    losses, metrics, gradients = ops.heads(
-        [call.guided for call in calls],
-        [call.bank for call in calls],
-        [call.offset for call in calls],
-        [call.target for call in calls],
-        [call.inv_count for call in calls],
-        [no_counts if call.counts is None else call.counts for call in calls],
-        [ops.KINDS.index(call.kind) for call in calls],
-        [float(call.label_smoothing) for call in calls],
-        want_x,
-        want_bank,
+    one = x.new_ones((), dtype=accumulation_dtype(x.dtype))
+    return _Run(
+        *ops.heads(
+            [calls[group.index(g)].x for g in range(max(group) + 1)],
+            [call.bank for call in calls],
+            [call.offset for call in calls],
+            [call.target for call in calls],
+            [call.inv_count for call in calls],
+            [no_counts if call.counts is None else call.counts for call in calls],
+            [one if call.guidance is None else call.guidance for call in calls],
+            [call.weight for call in calls],
+            [ops.KINDS.index(call.kind) for call in calls],
+            [float(call.label_smoothing) for call in calls],
+            group,
+            want_x,
+            torch.is_grad_enabled()
+            and any(call.bank.requires_grad or call.offset.requires_grad for call in calls),
+        )
     )
-    return [
-        HeadResult(losses[i], metrics[i].detach(), gradients[i].detach()) for i in range(len(calls))
-    ]
+
+
+def _orthogonal(calls: Sequence[OrthogonalCall]) -> tuple[Tensor, list[Tensor]]:
+    """Σ weight · R_f, and every R_f."""
+    sums = []
+    overlaps: dict[int, Tensor] = {}
+    spaces: dict[tuple[int, int], list[int]] = {}
+    for f, call in enumerate(calls):
+        spaces.setdefault((id(call.z), id(call.guidance)), []).append(f)
+    for members in spaces.values():
+        first = calls[members[0]]
+        z = gather_views(first.z, 1)
+        one = z.new_ones((), dtype=accumulation_dtype(z.dtype))
+        total, values = ops.orthogonal(
+            z,
+            [_design(calls[f], z) for f in members],
+            [calls[f].role == "preserve" for f in members],
+            [calls[f].weight for f in members],
+            one if first.guidance is None else first.guidance,
+        )
+        sums.append(total)
+        overlaps |= zip(members, values.unbind(), strict=True)
+    return torch.stack(sums).sum(), [overlaps[f] for f in range(len(calls))]
+
+
+def _design(call: OrthogonalCall, z: Tensor) -> Tensor:
+    """What `ops.orthogonal` takes for it."""
+    design = gather_views(call.design, 1)
+    if design.dim() == 1:
+        return design
+    missing = design.isnan().any(1)
+    basis = orthonormal_design(design, ~missing).to(accumulation_dtype(z.dtype))
+    return basis.masked_fill(missing[:, None], torch.nan)

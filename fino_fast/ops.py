@@ -54,44 +54,79 @@ def heads(
     target: list[Tensor],
     inv_count: list[Tensor],
     counts: list[Tensor],
+    guidance: list[Tensor],
+    weight: list[float],
     kind: list[int],
     smoothing: list[float],
+    group: list[int],
     want_x: bool,
     want_bank: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Metadata heads; the lists have one entry a head, with the meaning of `terms.HeadCall`.
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Metadata heads in groups; the lists have one entry a head, with the meaning of
+    `terms.HeadCall`, but for `x`, which has one a group.
 
-    Gradients that are wanted are computed in the same visit as the loss. Those that are not are
-    recomputed in the backward pass where it needs them: slower, but nothing of the bank's size is
-    held meanwhile.
+    All gradients are computed in the same visit as the loss; the heads of a group share one at
+    their rows.
 
     Args:
         kind: indices into `KINDS`.
-        want_x, want_bank: compute ∂loss/∂x, and ∂loss/∂bank and ∂loss/∂offset, now.
+        group: of every head, index into `x`.
+        want_x, want_bank: whether the backward pass will want them.
 
     Returns:
-        (losses [F], metrics [F], ∂loss/∂x of every head or empty tensors).
+        (Σ weight · loss of every group [G], losses [F], metrics [F], ∂sum/∂x of every group, or
+        empty tensors). Only the sums are differentiable.
     """
-    losses, metrics, grad_x, _, _ = torch.ops.fino.heads_forward(
-        x, bank, offset, target, inv_count, counts, kind, smoothing, want_x, want_bank
+    sums, losses, metrics, grad_x, _, _ = torch.ops.fino.heads_forward(
+        x, bank, offset, target, inv_count, counts, guidance, weight, kind, smoothing, group,
+        want_x, want_bank,
+    )  # fmt: skip
+    return sums, losses.detach(), metrics.detach(), [gradient.detach() for gradient in grad_x]
+
+
+def wide_head(
+    x: Tensor,
+    bank: Tensor,
+    offset: Tensor,
+    target: Tensor,
+    inv_count: Tensor,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """A linear head whose gradients are computed in the backward pass, to hold none meanwhile.
+
+    The arguments are those of `terms.HeadCall`.
+
+    Returns:
+        (0-d loss, 0-d metric).
+    """
+    loss, metric, _ = torch.ops.fino.wide_head_forward(
+        x, bank, offset, target, inv_count, smoothing
     )
-    return losses, metrics, grad_x
+    return loss, metric.detach()
 
 
-def orthogonal(z: Tensor, design: Tensor, preserve: bool) -> Tensor:
-    """The orthogonal suppression term R_f (`reference.orthogonal`), its gradient in the same visit.
+def orthogonal(
+    z: Tensor,
+    designs: list[Tensor],
+    preserve: list[bool],
+    weight: list[float],
+    guidance: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The orthogonal suppression terms R_f (`reference.orthogonal`), with one gradient for all.
 
     Args:
         z: [N, D].
-        design: [N] int64 categories (negative: the row takes no part), or [N, d] orthonormal
-            columns (NaN: the row takes no part).
-        preserve: the role.
+        designs: of every factor, [N] int64 categories (negative: the row takes no part), or [N, d]
+            orthonormal columns (NaN: the row takes no part).
+        preserve: the roles.
+        weight: of every factor in the sum.
+        guidance: 0-d, by which the gradient that reaches z is multiplied.
 
     Returns:
-        0-d.
+        (0-d Σ weight · R_f, R_f [F]). Only the sum is differentiable.
     """
-    value: Tensor = torch.ops.fino.orthogonal_forward(z, design, preserve)[0]
-    return value
+    total, values, _ = torch.ops.fino.orthogonal_forward(z, designs, preserve, weight, guidance)
+    return total, values.detach()
 
 
 def _contrastive_forward_fake(
@@ -122,11 +157,14 @@ def _heads_forward_fake(
     target: list[Tensor],
     inv_count: list[Tensor],
     counts: list[Tensor],
+    guidance: list[Tensor],
+    weight: list[float],
     kind: list[int],
     smoothing: list[float],
+    group: list[int],
     want_x: bool,
     want_bank: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     dtype = accumulation_dtype(x[0].dtype)
 
     def like(tensor: Tensor, wanted: bool) -> Tensor:
@@ -135,16 +173,50 @@ def _heads_forward_fake(
     trained = [want_bank and KINDS[k] != "prototype" for k in kind]
     return (
         x[0].new_empty(len(x), dtype=dtype),
-        x[0].new_empty(len(x), dtype=dtype),
+        x[0].new_empty(len(bank), dtype=dtype),
+        x[0].new_empty(len(bank), dtype=dtype),
         [like(tensor, want_x) for tensor in x],
         [like(tensor, want) for tensor, want in zip(bank, trained, strict=True)],
         [like(tensor, want) for tensor, want in zip(offset, trained, strict=True)],
     )
 
 
-def _orthogonal_forward_fake(z: Tensor, design: Tensor, preserve: bool) -> tuple[Tensor, Tensor]:
+def _wide_head_forward_fake(
+    x: Tensor, bank: Tensor, offset: Tensor, target: Tensor, inv_count: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(x.dtype)
+    loss, metric = x.new_empty((), dtype=dtype), x.new_empty((), dtype=dtype)
+    return loss, metric, x.new_empty(x.shape[0], dtype=dtype)
+
+
+def _wide_head_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    bank: Tensor,
+    offset: Tensor,
+    target: Tensor,
+    inv_count: Tensor,
+    lse: Tensor,
+    smoothing: float,
+    want_x: bool,
+    want_bank: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if want_x else (0,)),
+        bank.new_empty(bank.shape if want_bank else (0,)),
+        offset.new_empty(offset.shape if want_bank else (0,)),
+    )
+
+
+def _orthogonal_forward_fake(
+    z: Tensor, designs: list[Tensor], preserve: list[bool], weight: list[float], guidance: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(z.dtype)
-    return z.new_empty((), dtype=dtype), z.new_empty(z.shape, dtype=dtype)
+    return (
+        z.new_empty((), dtype=dtype),
+        z.new_empty(len(designs), dtype=dtype),
+        z.new_empty(z.shape, dtype=dtype),
+    )
 
 
 def _contrastive_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -162,46 +234,59 @@ def _contrastive_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | N
 
 
 def _heads_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, bank, offset, target, inv_count, counts, ctx.kind, ctx.smoothing, want_x, want_bank = inputs
-    ctx.size, ctx.deferred = len(x), not (want_x or want_bank)
+    x, bank, offset = inputs[:3]
+    ctx.group = inputs[10]
     ctx.dtypes = [tensor.dtype for tensor in (*x, *bank, *offset)]
-    lists = (x, bank, offset, target, inv_count, counts) if ctx.deferred else output[2:]
-    ctx.save_for_backward(*(tensor for tensors in lists for tensor in tensors))
+    ctx.save_for_backward(*(tensor for tensors in output[3:] for tensor in tensors))
 
 
 def _heads_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    size = ctx.size
-    saved = list(ctx.saved_tensors)
-    if ctx.deferred:
-        lists = [saved[i : i + size] for i in range(0, 6 * size, size)]
-        saved = [
-            tensor
-            for tensors in torch.ops.fino.heads_forward(
-                *lists, ctx.kind, ctx.smoothing, True, True
-            )[2:]
-            for tensor in tensors
-        ]
-    scaled: list[Tensor | None] = []
-    for index, (tensor, dtype) in enumerate(zip(saved, ctx.dtypes, strict=True)):
-        factor = grad[index % size]
-        if not tensor.numel():  # a gradient that nobody wanted
-            scaled.append(None)
-        elif ctx.deferred:  # just made, and perhaps as large as memory allows
-            scaled.append(tensor.mul_(factor).to(dtype))
-        else:
-            scaled.append((tensor * factor).to(dtype))
-    parts = [scaled[i : i + size] for i in range(0, 3 * size, size)]
-    return (*parts, [None] * size, [None] * size, [None] * size, None, None, None, None)
+    heads = len(ctx.group)
+    groups = len(ctx.dtypes) - 2 * heads
+    upstream = [*range(groups), *ctx.group, *ctx.group]
+    gradients = [
+        # Empty: a gradient that nobody wanted.
+        (tensor * grad[g]).to(dtype) if tensor.numel() else None
+        for tensor, g, dtype in zip(ctx.saved_tensors, upstream, ctx.dtypes, strict=True)
+    ]
+    none = [None] * heads
+    return (
+        gradients[:groups],
+        gradients[groups : groups + heads],
+        gradients[groups + heads :],
+        *[none] * 4,
+        *[None] * 6,
+    )
 
 
-def _orthogonal_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
+def _wide_head_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    *tensors, ctx.smoothing = inputs
+    ctx.save_for_backward(*tensors, output[2])
 
 
-def _orthogonal_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _wide_head_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    want_x, want_bank, want_offset, *_ = ctx.needs_input_grad
+    grad_x, grad_bank, grad_offset = torch.ops.fino.wide_head_backward(
+        grad, *ctx.saved_tensors, ctx.smoothing, want_x, want_bank or want_offset
+    )
+    return (
+        grad_x if want_x else None,
+        grad_bank if want_bank else None,
+        grad_offset if want_offset else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _orthogonal_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtype, ctx.factors = inputs[0].dtype, len(inputs[1])
+    ctx.save_for_backward(output[2])
+
+
+def _orthogonal_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     (grad_z,) = ctx.saved_tensors
-    return (grad_z * grad).to(ctx.dtype), None, None
+    return (grad_z * grad).to(ctx.dtype), [None] * ctx.factors, None, None, None
 
 
 if LOAD_ERROR is None:
@@ -209,6 +294,8 @@ if LOAD_ERROR is None:
         ("contrastive_forward", _contrastive_forward_fake),
         ("contrastive_backward", _contrastive_backward_fake),
         ("heads_forward", _heads_forward_fake),
+        ("wide_head_forward", _wide_head_forward_fake),
+        ("wide_head_backward", _wide_head_backward_fake),
         ("orthogonal_forward", _orthogonal_forward_fake),
     ):
         torch.library.register_fake(f"fino::{_name}", _fake)
@@ -217,6 +304,9 @@ if LOAD_ERROR is None:
     )
     torch.library.register_autograd(
         "fino::heads_forward", _heads_backward, setup_context=_heads_context
+    )
+    torch.library.register_autograd(
+        "fino::wide_head_forward", _wide_head_backward, setup_context=_wide_head_context
     )
     torch.library.register_autograd(
         "fino::orthogonal_forward", _orthogonal_backward, setup_context=_orthogonal_context

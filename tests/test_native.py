@@ -1,10 +1,11 @@
 """The native CPU backend: its operators, tiles, levels, memory, and what it does when absent."""
 
+import importlib
 import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -291,7 +292,7 @@ def test_rows_that_take_no_part_in_the_orthogonal_term_may_hold_anything(role):
 )
 def test_wrong_designs_are_errors(design, found):
     with pytest.raises(RuntimeError, match=rf"int64 \[N=5\] or float \[N, d\], found {found}"):
-        ops.orthogonal(torch.zeros(5, 2), design, True)
+        ops.orthogonal(torch.zeros(5, 2), [design], [True], [1.0], torch.ones(()))
 
 
 def operator_samples(dtype: torch.dtype) -> Iterator[tuple[object, tuple[object, ...]]]:
@@ -309,27 +310,41 @@ def operator_samples(dtype: torch.dtype) -> Iterator[tuple[object, tuple[object,
     )
     for want in (False, True):
         calls = [head_call(kind, 6, 4, 5, dtype) for kind in KINDS]
-        none = torch.empty(0, dtype=torch.int64)
+        none, half = torch.empty(0, dtype=torch.int64), torch.tensor(-0.5, dtype=dtype)
         yield (
             torch.ops.fino.heads_forward.default,
             (
-                [call.x for call in calls],
+                [call.x for call in calls[:3]],
                 [call.bank for call in calls],
                 [call.offset for call in calls],
                 [call.target for call in calls],
                 [call.inv_count for call in calls],
                 [none if call.counts is None else call.counts for call in calls],
+                [half] * 5,
+                [0.5, 1.0, 2.0, 0.03, 1.0],
                 list(range(5)),
                 [0.1, 0.0, 0.0, 0.0, 0.0],
+                [0, 1, 0, 2, 1],
                 want,
                 want,
             ),
         )
+    call = head_call("linear", 6, 4, 5, dtype)
+    wide = (call.x, call.bank, call.offset, call.target, call.inv_count)
+    yield torch.ops.fino.wide_head_forward.default, (*wide, 0.1)
+    fixed = tuple(tensor.detach() for tensor in wide)
+    for want in (False, True):
+        yield (
+            torch.ops.fino.wide_head_backward.default,
+            (torch.ones((), dtype=dtype), *fixed, lse, 0.1, want, not want),
+        )
 
     z = torch.randn(6, 4, dtype=dtype, requires_grad=True)
-    for design in (torch.tensor([0, 2, -1, 0, 2, 7]), torch.randn(6, 2, dtype=dtype)):
-        for preserve in (False, True):
-            yield torch.ops.fino.orthogonal_forward.default, (z, design, preserve)
+    designs = [torch.tensor([0, 2, -1, 0, 2, 7]), torch.randn(6, 2, dtype=dtype)] * 2
+    yield (
+        torch.ops.fino.orthogonal_forward.default,
+        (z, designs, [False, False, True, True], [1.0, 0.1, 2.0, 0.5], half),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -508,3 +523,83 @@ def test_extra_memory_at_16384_rows(term):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 96
+
+
+@pytest.fixture
+def bf16_products() -> Iterator[None]:
+    extension = importlib.import_module("fino_fast._C")
+    extension.choose_bf16_products(True)
+    yield
+    extension.choose_bf16_products(None)
+
+
+def autocast_gradients(loss: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
+    """[loss, gradients] in fp64 of what people write in PyTorch: products under autocast."""
+    copies = [leaf.detach().requires_grad_() for leaf in leaves]
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(*copies)
+    value.backward()
+    return [t.detach().double() for t in (value, *(copy.grad for copy in copies))]
+
+
+def relative_errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [float((f - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("two_tower", [False, True])
+def test_contrastive_with_bf16_products_loses_no_more_than_pytorch_s(bf16_products, two_tower):
+    rows = torch.randn(600, 64).bfloat16()
+
+    def plain(x: Tensor) -> Tensor:
+        unit = torch.nn.functional.normalize(x.float(), dim=1)
+        if two_tower:
+            logits, target = unit[:300] @ unit[300:].T / 0.1, torch.arange(300)
+            terms = [torch.nn.functional.cross_entropy(s, target) for s in (logits, logits.T)]
+            return torch.stack(terms).mean()
+        logits = (unit @ unit.T / 0.1).masked_fill(torch.eye(600, dtype=torch.bool), -torch.inf)
+        return torch.nn.functional.cross_entropy(logits, torch.arange(600).roll(300))
+
+    exact = contrastive_gradients(EAGER, rows.double(), 0.1, two_tower, 2)[:2]
+    ours = contrastive_gradients(NATIVE, rows, 0.1, two_tower, 2)[:2]
+    theirs = autocast_gradients(plain, rows)
+    for mine, other in zip(
+        relative_errors(ours, exact), relative_errors(theirs, exact), strict=True
+    ):
+        assert mine <= 2 * other + 1e-5
+    exact_products = relative_errors(
+        contrastive_gradients(EAGER, rows, 0.1, two_tower, 2)[:2], exact
+    )
+    assert relative_errors(ours, exact)[0] > exact_products[0]  # they are bf16 products indeed
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_linear_head_with_bf16_products_loses_no_more_than_pytorch_s(
+    bf16_products, wide, monkeypatch
+):
+    if wide:
+        monkeypatch.setattr(native, "DEFERRED_BANK_BYTES", 0)
+    x, bank = torch.randn(500, 96).bfloat16(), torch.randn(3000, 96) * 0.1
+    offset, y = torch.randn(3000), torch.randint(0, 3000, (500,))
+
+    def plain(x: Tensor, bank: Tensor, offset: Tensor) -> Tensor:
+        logits = torch.nn.functional.linear(x, bank, offset)
+        return torch.nn.functional.cross_entropy(logits.float(), y)
+
+    def ours(backend: SingleTerms, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype), bank.to(dtype), offset.to(dtype)]
+        if dtype == torch.bfloat16:  # as under autocast: rows in half precision, parameters not
+            leaves[1:] = [bank.clone(), offset.clone()]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        inv_count = torch.tensor(1 / 500, dtype=torch.float64)
+        loss = backend.head(HeadCall("linear", *leaves, y, inv_count)).loss
+        loss.backward()
+        return [t.detach().double() for t in (loss, *(leaf.grad for leaf in leaves))]
+
+    exact = ours(EAGER, torch.float64)
+    theirs = autocast_gradients(plain, x, bank, offset)
+    for mine, other in zip(
+        relative_errors(ours(NATIVE, torch.bfloat16), exact),
+        relative_errors(theirs, exact),
+        strict=True,
+    ):
+        assert mine <= 2 * other + 1e-5

@@ -1,5 +1,6 @@
 #include "capability.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -19,28 +20,37 @@ FINO_DECLARE_LEVEL(avx2)
 #ifdef FINO_HAVE_AVX512
 FINO_DECLARE_LEVEL(avx512)
 #endif
+#ifdef FINO_HAVE_AVX512_BF16
+FINO_DECLARE_LEVEL(avx512_bf16)
+#endif
 
 namespace {
 
 struct Level {
   const char* name;
   bool runs;
+  bool multiplies_bf16;
   const Epilogues<float>* f32;
   const Epilogues<double>* f64;
 };
 
 const std::vector<Level>& levels() {
+#if defined(__x86_64__)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
   static const std::vector<Level> all = {
-      {"baseline", true, &baseline::table_f32, &baseline::table_f64},
+      {"baseline", true, false, &baseline::table_f32, &baseline::table_f64},
 #ifdef FINO_HAVE_AVX2
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::table_f32,
-       &avx2::table_f64},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), false,
+       &avx2::table_f32, &avx2::table_f64},
 #endif
 #ifdef FINO_HAVE_AVX512
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-       &avx512::table_f32, &avx512::table_f64},
+      {"avx512", avx512, false, &avx512::table_f32, &avx512::table_f64},
+#endif
+#ifdef FINO_HAVE_AVX512_BF16
+      {"avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"), true, &avx512_bf16::table_f32,
+       &avx512_bf16::table_f64},
 #endif
   };
   return all;
@@ -61,6 +71,8 @@ const Level& choose() {
   return *best;
 }
 
+std::atomic<Bf16Products> bf16_products{Bf16Products::by_level};
+
 const Level& chosen() {
   static const Level& level = choose();
   return level;
@@ -79,6 +91,14 @@ const std::string& capability() {
   static const std::string name = chosen().name;
   return name;
 }
+
+bool multiplies_bf16() {
+  const Bf16Products choice = bf16_products;
+  return choice == Bf16Products::always ||
+         (choice == Bf16Products::by_level && chosen().multiplies_bf16);
+}
+
+void choose_bf16_products(Bf16Products choice) { bf16_products = choice; }
 
 template <>
 const Epilogues<float>& epilogues<float>() {

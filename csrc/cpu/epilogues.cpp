@@ -6,6 +6,9 @@
 #include "epilogues.h"
 
 #include <math.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace fino {
 namespace FINO_LEVEL {
@@ -278,6 +281,76 @@ RowLoss<T> squared_error(T* row, int64_t n, const T* offset, const T* target, Ac
 }
 
 template <typename T>
+void extend(T* row, const T* offset, int64_t n, int64_t first, RunningLogits<T>& running) {
+  T here = lowest<T>(), total = 0;
+#pragma omp simd reduction(max : here) reduction(+ : total)
+  for (int64_t k = 0; k < n; ++k) {
+    row[k] += offset[k];
+    total += row[k];
+    here = row[k] > here ? row[k] : here;
+  }
+  running.total += total;
+  if (here > running.top) {
+    int64_t k = 0;
+    while (row[k] != here) ++k;
+    running.best = first + k;
+    running.sum *= exp_of(running.top - here);
+    running.top = here;
+  }
+  const T top = running.top;
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < n; ++k) sum += exp_of(row[k] - top);
+  running.sum += sum;
+}
+
+template <typename T>
+void softmax_gradient(T* row, const T* offset, int64_t n, T lse, T weight, T uniform) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) {
+    const T below = row[k] + offset[k] - lse;
+    row[k] = (below < T(negligible) ? T(0) : weight * exp_of(below)) - uniform;
+  }
+}
+
+template <typename T>
+void scaled(const T* x, T scale, bool accumulate, T* out, int64_t n) {
+  if (accumulate) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) out[k] += scale * x[k];
+  } else {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) out[k] = scale * x[k];
+  }
+}
+
+inline uint16_t narrowed(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+  // A NaN must not round to infinity.
+  return static_cast<uint16_t>(value == value ? rounded >> 16 : 0x7FC0u);
+}
+
+template <typename T>
+void narrow(const T* x, Bf16* out, int64_t n) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) out[k].bits = narrowed(float(x[k]));
+}
+
+#ifdef __AVX512BF16__
+template <>
+void narrow<float>(const float* x, Bf16* out, int64_t n) {
+  int64_t k = 0;
+  for (; k + 16 <= n; k += 16) {
+    const __m256bh low = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + k));
+    __builtin_memcpy(out + k, &low, sizeof low);
+  }
+  for (; k < n; ++k) out[k].bits = narrowed(x[k]);
+}
+#endif
+
+template <typename T>
 T difference(const T* x, const T* y, T* out, int64_t n) {
   T square = 0;
 #pragma omp simd reduction(+ : square)
@@ -320,6 +393,7 @@ template <typename T>
 constexpr Epilogues<T> table() {
   return {normalize<T>,     normalize_backward<T>, pair_sums<T>,     pair_weights<T>,
           row_logsumexp<T>, row_weights<T>,        cross_entropy<T>, squared_error<T>,
+          extend<T>,        softmax_gradient<T>,   scaled<T>,        narrow<T>,
           difference<T>,    weighted_squares<T>,   combine<T>};
 }
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "bf16.h"
+
 namespace fino {
 
 enum class Activation { identity, sigmoid, tanh };
@@ -13,6 +15,16 @@ template <typename T>
 struct RowLoss {
   T loss;
   T metric;
+};
+
+// A row's logits as far as they have been seen.
+template <typename T>
+struct RunningLogits {
+  T top;         // the largest
+  T sum;         // Σ exp(logit − top)
+  T total;       // Σ logit
+  T own;         // the target's
+  int64_t best;  // the first class that has the largest
 };
 
 template <typename T>
@@ -48,6 +60,18 @@ struct Epilogues {
   // `gradient`, row becomes weight · ∂loss/∂row.
   RowLoss<T> (*squared_error)(T* row, int64_t n, const T* offset, const T* target,
                               Activation activation, T weight, bool gradient);
+
+  // row += offset, and the logits enter `running`; `first` is the class of row[0].
+  void (*extend)(T* row, const T* offset, int64_t n, int64_t first, RunningLogits<T>& running);
+
+  // row_k = weight · exp(row_k + offset_k − lse) − uniform.
+  void (*softmax_gradient)(T* row, const T* offset, int64_t n, T lse, T weight, T uniform);
+
+  // out (+)= scale·x.
+  void (*scaled)(const T* x, T scale, bool accumulate, T* out, int64_t n);
+
+  // out = x, rounded to nearest, ties to even.
+  void (*narrow)(const T* x, Bf16* out, int64_t n);
 
   // out = x − y (out may be x); returns Σ out².
   T (*difference)(const T* x, const T* y, T* out, int64_t n);

@@ -4,7 +4,9 @@
 #include <limits>
 #include <vector>
 
+#include "epilogues.h"
 #include "scratch.h"
+#include "sweep.h"
 
 namespace fino {
 namespace {
@@ -22,8 +24,7 @@ bool takes_part(const Projector<T>& projector, int64_t row) {
 
 // Sums over rows go by columns: no two threads share a sum, and each has one fixed order.
 template <typename Body>
-void by_columns(int64_t d, void (*parallel)(int64_t, const std::function<void(int64_t, int64_t)>&),
-                const Body& body) {
+void by_columns(int64_t d, Parallel parallel, const Body& body) {
   parallel((d + column_chunk - 1) / column_chunk, [&](int64_t begin, int64_t end) {
     body(begin * column_chunk, std::min(end * column_chunk, d));
   });
@@ -43,7 +44,7 @@ void symmetric_product(const Runtime<T>& runtime, const T* a, const T* scaled, i
                        T* c) {
   for (int64_t i = 0; i < d; i += symmetric_block) {
     const int64_t rows = std::min(symmetric_block, d - i);
-    runtime.gemm(true, false, rows, d - i, n, a + i, d, scaled + i, d, false, c + i * d + i, d);
+    runtime.gemm(true, false, rows, d - i, n, T(1), a + i, d, scaled + i, d, false, c + i * d + i, d);
     for (int64_t r = i; r < i + rows; ++r)
       for (int64_t column = i + rows; column < d; ++column) c[column * d + r] = c[r * d + column];
   }
@@ -53,8 +54,8 @@ template <typename T>
 class Term {
  public:
   Term(const Runtime<T>& runtime, const T* z, int64_t n, int64_t d, const Projector<T>& projector,
-       T* grad)
-      : runtime_(runtime), n_(n), d_(d), projector_(projector), grad_(grad),
+       double scale, T* grad)
+      : runtime_(runtime), n_(n), d_(d), projector_(projector), scale_(scale), grad_(grad),
         rest_(scratch<T>(n * d)), means_(scratch<T>(projector.k * d)) {
     center(z);
     explain();
@@ -63,28 +64,28 @@ class Term {
   double value(Overlap overlap) {
     const double eps = 16 * std::numeric_limits<T>::epsilon(), noise = eps * eps * total_;
     if (overlap == Overlap::explained) {
-      if (total_ < smallest_denominator) return nothing();
+      if (total_ < smallest_denominator) return 0;
       const double share = signal_ / total_;
       // 2(S − R Z)/‖Z‖² = 2((1 − R) S − R U)/‖Z‖²
-      std::fill(grad_, grad_ + n_ * d_, T(0));
-      scale_means(2 * (1 - share) / total_);
-      finish(0, -2 * share / total_, means_.get());
+      for_rows(projector_.k, [&](int64_t g) {
+        combine(means_.get() + g * d_, scale_ * 2 * (1 - share) / total_, nullptr, 0);
+      });
+      finish(-2 * share / total_, means_.get());
       return share;
     }
     // An S or U of the size of Z's rounding is zero: normalised, it would be a random direction.
     const double denominator = signal_ > noise && noise_ > noise ? signal_ * noise_ : 0;
-    if (denominator < smallest_denominator) return nothing();
+    if (denominator < smallest_denominator) return 0;
     const auto signal_side = scratch<T>(projector_.k * d_);  // M UᵀU
     const bool sweep = 3 * projector_.k * n_ < 2 * (n_ + projector_.k) * d_;
-    const double numerator = sweep ? swept(signal_side.get()) : squared(signal_side.get());
+    // 2(U SᵀS + S UᵀU)/(‖S‖²‖U‖²) − 2R(S/‖S‖² + U/‖U‖²), of which the products add the first part
+    const double a = scale_ * 2 / denominator;
+    const double numerator = sweep ? swept(T(a), signal_side.get()) : squared(T(a), signal_side.get());
     const double share = numerator / denominator;
-    // 2(U SᵀS + S UᵀU)/(‖S‖²‖U‖²) − 2R(S/‖S‖² + U/‖U‖²)
-    const double a = 2 / denominator, b = -2 * share / signal_, c = -2 * share / noise_;
     for_rows(projector_.k, [&](int64_t g) {
-      epilogues<T>().combine(signal_side.get() + g * d_, means_.get() + g * d_, nullptr, T(a), T(b),
-                             d_);
+      combine(signal_side.get() + g * d_, a, means_.get() + g * d_, scale_ * -2 * share / signal_);
     });
-    finish(a, c, signal_side.get());
+    finish(-2 * share / noise_, signal_side.get());
     return share;
   }
 
@@ -96,9 +97,9 @@ class Term {
     });
   }
 
-  double nothing() {
-    std::fill(grad_, grad_ + n_ * d_, T(0));
-    return 0;
+  // x = a·x + b·y of one row.
+  void combine(T* x, double a, const T* y, double b) const {
+    epilogues<T>().combine(x, y, nullptr, T(a), T(b), d_);
   }
 
   // rest = Z; ‖Z‖².
@@ -146,55 +147,49 @@ class Term {
         const T entry = projector_.basis[i];
         basis_[i] = entry == entry ? entry : T(0);
       }
-      runtime_.gemm(true, false, projector_.k, d_, n_, basis_.get(), projector_.k, rest_.get(), d_,
-                    false, means, d_);
+      runtime_.gemm(true, false, projector_.k, d_, n_, T(1), basis_.get(), projector_.k, rest_.get(),
+                    d_, false, means, d_);
     }
     std::vector<T> squares(projector_.k), rests(n_);
     for_rows(projector_.k, [&](int64_t g) {
       const T* mean = means + g * d_;
       squares[g] = projector_.size[g] * epilogues<T>().weighted_squares(mean, nullptr, d_);
     });
-    if (projector_.slot == nullptr)  // S itself, in the gradient's place until that is needed
-      runtime_.gemm(false, false, n_, d_, projector_.k, basis_.get(), projector_.k, means, d_, false,
-                    grad_, d_);
+    if (projector_.slot == nullptr)
+      runtime_.gemm(false, false, n_, d_, projector_.k, T(-1), basis_.get(), projector_.k, means, d_,
+                    true, rest_.get(), d_);
     for_rows(n_, [&](int64_t i) {
-      if (!takes_part(projector_, i)) return;
-      const T* s = projector_.slot == nullptr ? grad_ + i * d_ : means + projector_.slot[i] * d_;
       T* row = rest_.get() + i * d_;
-      rests[i] = epilogues<T>().difference(row, s, row, d_);
+      if (projector_.slot == nullptr)
+        rests[i] = epilogues<T>().weighted_squares(row, nullptr, d_);
+      else if (takes_part(projector_, i))
+        rests[i] = epilogues<T>().difference(row, means + projector_.slot[i] * d_, row, d_);
     });
     signal_ = added(squares);
     noise_ = added(rests);
   }
 
-  void scale_means(double by) {
-    for_rows(projector_.k, [&](int64_t g) {
-      T* mean = means_.get() + g * d_;
-      epilogues<T>().combine(mean, nullptr, nullptr, T(by), T(0), d_);
-    });
-  }
-
-  // ‖S Uᵀ‖² = Σ_ig size_g ⟨u_i, m_g⟩²; grad = U SᵀS, signal_side = M UᵀU.
-  double swept(T* signal_side) {
+  // ‖S Uᵀ‖² = Σ_ig size_g ⟨u_i, m_g⟩²; grad += a·U SᵀS, signal_side = M UᵀU.
+  double swept(T a, T* signal_side) {
     const int64_t k = projector_.k;
     const auto sized = sized_means();
     std::fill(signal_side, signal_side + k * d_, T(0));
     std::vector<T> squares(n_);
-    block_sweep(runtime_, rest_.get(), n_, means_.get(), k, d_,
-                [&](T* block, int64_t first, int64_t count) {
+    const auto rows = [&](int64_t first, int64_t) { return rest_.get() + first * d_; };
+    block_sweep(runtime_, n_, means_.get(), k, d_, rows, [&](T* block, int64_t first, int64_t count) {
       for_rows(count, [&](int64_t i) {
         squares[first + i] = epilogues<T>().weighted_squares(block + i * k, projector_.size, k);
       });
-      runtime_.gemm(false, false, count, d_, k, block, k, sized.get(), d_, false,
-                    grad_ + first * d_, d_);
-      runtime_.gemm(true, false, k, d_, count, block, k, rest_.get() + first * d_, d_, true,
+      runtime_.gemm(false, false, count, d_, k, a, block, k, sized.get(), d_, true, grad_ + first * d_,
+                    d_);
+      runtime_.gemm(true, false, k, d_, count, T(1), block, k, rest_.get() + first * d_, d_, true,
                     signal_side, d_);
     });
     return added(squares);
   }
 
   // ‖S Uᵀ‖² = tr(SᵀS · UᵀU), with the same results.
-  double squared(T* signal_side) {
+  double squared(T a, T* signal_side) {
     const int64_t k = projector_.k;
     const auto sized = sized_means();
     const auto signal = scratch<T>(d_ * d_), noise = scratch<T>(d_ * d_);
@@ -202,9 +197,9 @@ class Term {
     symmetric_product(runtime_, rest_.get(), rest_.get(), n_, d_, noise.get());
     double trace = 0;
     for (int64_t i = 0; i < d_ * d_; ++i) trace += double(signal[i]) * noise[i];
-    runtime_.gemm(false, false, n_, d_, d_, rest_.get(), d_, signal.get(), d_, false, grad_, d_);
-    runtime_.gemm(false, false, k, d_, d_, means_.get(), d_, noise.get(), d_, false, signal_side,
-                  d_);
+    runtime_.gemm(false, false, n_, d_, d_, a, rest_.get(), d_, signal.get(), d_, true, grad_, d_);
+    runtime_.gemm(false, false, k, d_, d_, T(1), means_.get(), d_, noise.get(), d_, false,
+                  signal_side, d_);
     return trace;
   }
 
@@ -217,21 +212,22 @@ class Term {
     return sized;
   }
 
-  // grad = a·grad + b·U + E·side.
-  void finish(double a, double b, const T* side) {
+  // grad += scale·b·U + E·side.
+  void finish(double b, const T* side) {
     for_rows(n_, [&](int64_t i) {
       const bool valid = takes_part(projector_, i);
       const T* row = valid && projector_.slot != nullptr ? side + projector_.slot[i] * d_ : nullptr;
-      epilogues<T>().combine(grad_ + i * d_, rest_.get() + i * d_, row, T(a), T(b), d_);
+      epilogues<T>().combine(grad_ + i * d_, rest_.get() + i * d_, row, T(1), T(scale_ * b), d_);
     });
     if (projector_.slot == nullptr)
-      runtime_.gemm(false, false, n_, d_, projector_.k, basis_.get(), projector_.k, side, d_, true,
-                    grad_, d_);
+      runtime_.gemm(false, false, n_, d_, projector_.k, T(1), basis_.get(), projector_.k, side, d_,
+                    true, grad_, d_);
   }
 
   const Runtime<T>& runtime_;
   int64_t n_, d_;
   const Projector<T>& projector_;
+  double scale_;
   T* grad_;
   Scratch<T> rest_;   // [n, d]: Z, then U
   Scratch<T> means_;  // [k, d]: M
@@ -243,13 +239,13 @@ class Term {
 
 template <typename T>
 double orthogonal(const Runtime<T>& runtime, const T* z, int64_t n, int64_t d,
-                  const Projector<T>& projector, Overlap overlap, T* grad) {
-  return Term<T>(runtime, z, n, d, projector, grad).value(overlap);
+                  const Projector<T>& projector, Overlap overlap, T scale, T* grad) {
+  return Term<T>(runtime, z, n, d, projector, scale, grad).value(overlap);
 }
 
 template double orthogonal<float>(const Runtime<float>&, const float*, int64_t, int64_t,
-                                  const Projector<float>&, Overlap, float*);
+                                  const Projector<float>&, Overlap, float, float*);
 template double orthogonal<double>(const Runtime<double>&, const double*, int64_t, int64_t,
-                                   const Projector<double>&, Overlap, double*);
+                                   const Projector<double>&, Overlap, double, double*);
 
 }  // namespace fino

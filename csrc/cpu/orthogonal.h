@@ -2,7 +2,9 @@
 // and the rest share directions. Free of torch; T is float or double.
 #pragma once
 
-#include "sweep.h"
+#include <cstdint>
+
+#include "runtime.h"
 
 namespace fino {
 
@@ -19,15 +21,16 @@ struct Projector {
 enum class Overlap { explained, shared };  // role suppress, role preserve
 
 // With Z the centred rows that take part, S = ΠZ and U = Z − S: returns ‖S‖²/‖Z‖² (explained) or
-// ‖S Uᵀ‖²/(‖S‖²·‖U‖²) (shared), 0 where the denominator vanishes, and writes its gradient at z.
+// ‖S Uᵀ‖²/(‖S‖²·‖U‖²) (shared), 0 where the denominator vanishes, and adds scale times its gradient
+// at z.
 //
 // S has no more than k different rows M, S = E M. Both products of the overlap are taken in the
 // cheaper of two ways: as a sweep of U over M (3 units of 2·n·k·d), or as tr(SᵀS · UᵀU) with
 // d×d matrices (at most 2 units of 2·n·d² and 2 of 2·k·d²).
 //
-// z [n, d]; grad [n, d], overwritten.
+// z and grad [n, d].
 template <typename T>
 double orthogonal(const Runtime<T>& runtime, const T* z, int64_t n, int64_t d,
-                  const Projector<T>& projector, Overlap overlap, T* grad);
+                  const Projector<T>& projector, Overlap overlap, T scale, T* grad);
 
 }  // namespace fino

@@ -5,43 +5,74 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <limits>
 #include <mutex>
 #include <new>
 #include <random>
 #include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/capability.h"
+#include "cpu/contrastive.h"
+#include "cpu/heads.h"
 #include "cpu/orthogonal.h"
-#include "cpu/sweep.h"
+#include "cpu/rows.h"
+#include "cpu/wide_head.h"
 
 namespace {
 
 using Vector = std::vector<double>;
 
-template <typename T>
-void gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
-          int64_t ldb, bool accumulate, T* c, int64_t ldc) {
+template <typename P>
+double widened(P x) {
+  if constexpr (std::is_same_v<P, fino::Bf16>) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  } else {
+    return x;
+  }
+}
+
+template <typename T, typename P>
+void gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, T alpha, const P* a, int64_t lda,
+          const P* b, int64_t ldb, bool accumulate, T* c, int64_t ldc) {
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
-      double sum = accumulate ? c[i * ldc + j] : 0;
+      double sum = 0;
       for (int64_t l = 0; l < k; ++l)
-        sum += double(ta ? a[l * lda + i] : a[i * lda + l]) * (tb ? b[j * ldb + l] : b[l * ldb + j]);
-      c[i * ldc + j] = T(sum);
+        sum += widened(ta ? a[l * lda + i] : a[i * lda + l]) *
+               widened(tb ? b[j * ldb + l] : b[l * ldb + j]);
+      c[i * ldc + j] = T(alpha * sum + (accumulate ? c[i * ldc + j] : 0));
     }
 }
 
-template <typename T>
-const fino::Runtime<T> runtime = {
-    gemm<T>,
-    // Two pieces, so that a boundary falls somewhere.
-    [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-      if (n > 1) body(0, n / 2);
-      body(n > 1 ? n / 2 : 0, n);
-    },
-};
+// Two pieces, so that a boundary falls somewhere.
+void in_two(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+  if (n > 1) body(0, n / 2);
+  body(n > 1 ? n / 2 : 0, n);
+}
+
+template <typename T, typename P = T>
+const fino::Runtime<T, P> runtime = {gemm<T, P>, in_two};
+
+// x as operand of the products, and what became of its numbers.
+template <typename T, typename P>
+std::vector<P> operand(std::vector<T>& x) {
+  std::vector<P> result(x.size());
+  if constexpr (std::is_same_v<P, fino::Bf16>) {
+    fino::epilogues<T>().narrow(x.data(), result.data(), int64_t(x.size()));
+    for (size_t i = 0; i < x.size(); ++i) x[i] = T(widened(result[i]));
+  } else {
+    result = x;
+  }
+  return result;
+}
 
 double worst = 0;
 
@@ -58,36 +89,37 @@ std::vector<T> random(std::mt19937& generator, int64_t count) {
   return values;
 }
 
-template <typename T>
+template <typename T, typename P>
 void check_contrastive(std::mt19937& generator, int64_t n, int64_t d, double scale, bool towers) {
   const std::vector<T> x = random<T>(generator, n * d);
   std::vector<T> unit(n * d), norms(n), lse(n), lse_cross(n), g(n * d, 0), g_cross(n * d);
-  fino::normalize_rows(runtime<T>, x.data(), n, d, unit.data(), norms.data());
+  fino::normalize_rows(in_two, x.data(), n, d, unit.data(), norms.data());
+  const std::vector<P> rows = operand<T, P>(unit);
+  const fino::Runtime<T, P>& host = runtime<T, P>;
   const auto meet = [&](int64_t i, int64_t j) {
     return towers ? (i < n / 2) != (j < n / 2) : i != j;
   };
   if (towers) {
     for (const int64_t tower : {int64_t{0}, n / 2}) {
-      const T* other = unit.data() + (n / 2 - tower) * d;
-      fino::cross_logsumexp<T>(runtime<T>, unit.data() + tower * d, n / 2, other, n / 2, d,
-                               T(scale), -1, lse_cross.data() + tower);
+      const P* other = rows.data() + (n / 2 - tower) * d;
+      fino::cross_logsumexp<T, P>(host, rows.data() + tower * d, n / 2, other, n / 2, d, T(scale),
+                                  -1, lse_cross.data() + tower);
     }
     for (const int64_t tower : {int64_t{0}, n / 2}) {
-      const T* other = unit.data() + (n / 2 - tower) * d;
-      fino::cross_gradient<T>(runtime<T>, unit.data() + tower * d, n / 2, other, n / 2, d, T(scale),
-                              -1, lse_cross.data() + tower, lse_cross.data() + n / 2 - tower,
-                              g_cross.data() + tower * d);
+      const P* other = rows.data() + (n / 2 - tower) * d;
+      fino::cross_gradient<T, P>(host, rows.data() + tower * d, n / 2, other, n / 2, d, T(scale), -1,
+                                 lse_cross.data() + tower, lse_cross.data() + n / 2 - tower,
+                                 g_cross.data() + tower * d);
     }
   } else {
-    fino::cross_logsumexp<T>(runtime<T>, unit.data(), n, unit.data(), n, d, T(scale), 0,
-                             lse_cross.data());
-    fino::cross_gradient<T>(runtime<T>, unit.data(), n, unit.data(), n, d, T(scale), 0,
-                            lse_cross.data(), lse_cross.data(), g_cross.data());
+    fino::cross_logsumexp<T, P>(host, rows.data(), n, rows.data(), n, d, T(scale), 0,
+                                lse_cross.data());
+    fino::cross_gradient<T, P>(host, rows.data(), n, rows.data(), n, d, T(scale), 0,
+                               lse_cross.data(), lse_cross.data(), g_cross.data());
   }
   if (scale <= fino::max_bounded_scale) {
-    fino::pair_logsumexp<T>(runtime<T>, unit.data(), n, d, T(scale), towers, lse.data());
-    fino::pair_gradient<T>(runtime<T>, unit.data(), n, d, T(scale), towers, lse.data(),
-                           g.data());
+    fino::pair_logsumexp<T, P>(host, rows.data(), n, d, T(scale), towers, lse.data());
+    fino::pair_gradient<T, P>(host, rows.data(), n, d, T(scale), towers, lse.data(), g.data());
   } else {
     lse = lse_cross;
     g = g_cross;
@@ -117,10 +149,11 @@ void check_contrastive(std::mt19937& generator, int64_t n, int64_t d, double sca
     }
 }
 
-template <typename T>
+// The sweep that holds a bank's gradient, and the one that does not.
+template <typename T, typename P>
 void check_cross_entropy(std::mt19937& generator, int64_t n, int64_t d, int64_t k, bool prototype) {
-  const std::vector<T> x = random<T>(generator, n * d), bank = random<T>(generator, k * d);
-  std::vector<T> offset = random<T>(generator, k), scale(k, T(0.7));
+  std::vector<T> x = random<T>(generator, n * d), bank = random<T>(generator, k * d);
+  std::vector<T> offset = random<T>(generator, k), scale(k, T(0.7)), norms(n), unit = x;
   std::vector<int64_t> target(n);
   for (int64_t& t : target) t = int64_t(generator() % (k + 1)) - 1;
   if (prototype && k > 1) {  // class 0 has not been seen
@@ -128,21 +161,29 @@ void check_cross_entropy(std::mt19937& generator, int64_t n, int64_t d, int64_t 
     offset[0] = std::numeric_limits<T>::lowest();
     for (int64_t& t : target) t = t == 0 ? -1 : t;
   }
-  const T smoothing = prototype ? T(0) : T(0.1), weight = T(0.25);
-  std::vector<T> grad_x(n * d), grad_bank(k * d, 0), grad_offset(k, 0);
-  fino::Head<T> head{};
+  if (prototype) fino::normalize_rows(in_two, x.data(), n, d, unit.data(), norms.data());
+  const std::vector<P> bank_operand = operand<T, P>(bank);
+  operand<T, P>(unit);
+  const T smoothing = prototype ? T(0) : T(0.1), weight = T(0.25), guidance = T(-0.5);
+  std::vector<T> grad_x(n * d, T(1)), grad_bank(k * d, 0), grad_offset(k, 0);
+  fino::Head<T, P> head{};
   head.kind = prototype ? fino::HeadKind::prototype : fino::HeadKind::linear;
-  head.x = x.data();
-  head.bank = bank.data();
+  head.rows = [&](int64_t first, int64_t count, T* buffer) {
+    if (prototype) return std::as_const(x).data() + first * d;  // where they are
+    std::copy_n(x.data() + first * d, count * d, buffer);
+    return static_cast<const T*>(buffer);
+  };
+  head.bank = bank_operand.data();
   head.scale = prototype ? scale.data() : nullptr;
   head.offset = offset.data();
   head.target = target.data();
   head.n = n, head.k = k, head.d = d;
-  head.smoothing = smoothing, head.weight = weight;
+  head.smoothing = smoothing, head.weight = weight, head.guidance = guidance;
   head.grad_x = grad_x.data();
+  head.accumulate = true;
   head.grad_bank = grad_bank.data();
   head.grad_offset = grad_offset.data();
-  const fino::RowLoss<double> sum = fino::head_sweep(runtime<T>, head);
+  const fino::RowLoss<double> sum = fino::head_sweep(runtime<T, P>, head);
 
   double loss = 0;
   Vector gx(n * d, 0), gb(k * d, 0);
@@ -152,7 +193,7 @@ void check_cross_entropy(std::mt19937& generator, int64_t n, int64_t d, int64_t 
     double total = 0, mean = 0;
     for (int64_t c = 0; c < k; ++c) {
       double dot = 0;
-      for (int64_t l = 0; l < d; ++l) dot += double(x[i * d + l]) * bank[c * d + l];
+      for (int64_t l = 0; l < d; ++l) dot += double(unit[i * d + l]) * bank[c * d + l];
       logits[c] = dot * (prototype ? scale[c] : 1) + offset[c];
       total += std::exp(logits[c]);
       mean += logits[c] / double(k);
@@ -165,13 +206,32 @@ void check_cross_entropy(std::mt19937& generator, int64_t n, int64_t d, int64_t 
                         smoothing / double(k));
       for (int64_t l = 0; l < d; ++l) {
         gx[i * d + l] += g * bank[c * d + l];
-        gb[c * d + l] += g * x[i * d + l];
+        gb[c * d + l] += g * unit[i * d + l];
       }
     }
   }
   compare(sum.loss, loss);
-  for (int64_t i = 0; i < n * d; ++i) compare(grad_x[i], gx[i]);
   for (int64_t i = 0; i < k * d; ++i) compare(grad_bank[i], gb[i]);
+  for (int64_t i = 0; i < n; ++i) {  // gx is the gradient at the unit rows of a prototype head
+    double along = 0;
+    for (int64_t l = 0; l < d; ++l) along += prototype ? gx[i * d + l] * unit[i * d + l] : 0;
+    for (int64_t l = 0; l < d; ++l)
+      compare(grad_x[i * d + l],
+              1 + guidance * (gx[i * d + l] - along * unit[i * d + l]) / (prototype ? norms[i] : 1));
+  }
+  if (prototype) return;
+
+  const fino::WideHead<T, P> wide{head.rows, bank_operand.data(), offset.data(), target.data(),
+                                  n,         k,                   d,             smoothing};
+  std::vector<T> lse(n), wide_x(n * d), wide_bank(k * d), wide_offset(k);
+  const fino::RowLoss<double> again = fino::wide_head_loss(runtime<T, P>, wide, lse.data());
+  compare(again.loss, loss);
+  if (again.metric != sum.metric) worst = std::numeric_limits<double>::infinity();
+  fino::wide_head_gradient(runtime<T, P>, wide, lse.data(), weight, wide_x.data(), wide_bank.data(),
+                           wide_offset.data());
+  for (int64_t i = 0; i < n * d; ++i) compare(wide_x[i], gx[i]);
+  for (int64_t i = 0; i < k * d; ++i) compare(wide_bank[i], gb[i]);
+  for (int64_t i = 0; i < k; ++i) compare(wide_offset[i], grad_offset[i]);
 }
 
 // The value against loops over Z, S = E M and U, the gradient against differences of the value.
@@ -229,8 +289,8 @@ void check_orthogonal(std::mt19937& generator, int64_t n, int64_t d, int64_t k, 
       }
     return overlap == fino::Overlap::explained ? signal / total : overlap_sum / (signal * rest);
   };
-  std::vector<T> grad(n * d);
-  compare(fino::orthogonal(runtime<T>, z.data(), n, d, projector, overlap, grad.data()),
+  std::vector<T> grad(n * d, T(1));
+  compare(fino::orthogonal(runtime<T>, z.data(), n, d, projector, overlap, T(0.5), grad.data()),
           expected(z));
   if (sizeof(T) < 8) return;
   for (int64_t e = 0; e < n * d; e += 1 + n * d / 7) {
@@ -241,7 +301,7 @@ void check_orthogonal(std::mt19937& generator, int64_t n, int64_t d, int64_t k, 
     const double below = expected(z);
     z[e] = at;
     const double slope = (above - below) / (2 * step);
-    if (!(std::abs(slope - grad[e]) < 1e-8)) worst = std::numeric_limits<double>::infinity();
+    if (!(std::abs(slope - 2 * (grad[e] - 1)) < 1e-8)) worst = std::numeric_limits<double>::infinity();
   }
 }
 
@@ -265,37 +325,44 @@ void check_threads(std::mt19937& generator) {
     for (std::thread& thread : threads) thread.join();
     if (error) std::rethrow_exception(error);
   };
-  threaded.gemm = [](bool ta, bool tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
-                     const float* b, int64_t ldb, bool accumulate, float* c, int64_t ldc) {
+  threaded.gemm = [](bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
+                     int64_t lda, const float* b, int64_t ldb, bool accumulate, float* c,
+                     int64_t ldc) {
     if (++products == last) throw std::bad_alloc();
-    gemm<float>(ta, tb, m, n, k, a, lda, b, ldb, accumulate, c, ldc);
+    gemm<float, float>(ta, tb, m, n, k, alpha, a, lda, b, ldb, accumulate, c, ldc);
   };
   const int64_t n = 1300, d = 3;
   const std::vector<float> x = random<float>(generator, n * d);
   std::vector<float> unit(n * d), norms(n), lse(n), expected(n);
-  fino::normalize_rows(runtime<float>, x.data(), n, d, unit.data(), norms.data());
-  fino::pair_logsumexp<float>(runtime<float>, unit.data(), n, d, 10, false, expected.data());
-  fino::pair_logsumexp<float>(threaded, unit.data(), n, d, 10, false, lse.data());
+  fino::normalize_rows(in_two, x.data(), n, d, unit.data(), norms.data());
+  fino::pair_logsumexp<float, float>(runtime<float>, unit.data(), n, d, 10, false, expected.data());
+  fino::pair_logsumexp<float, float>(threaded, unit.data(), n, d, 10, false, lse.data());
   if (lse != expected) worst = std::numeric_limits<double>::infinity();
   last = products + 5;
   try {
-    fino::pair_logsumexp<float>(threaded, unit.data(), n, d, 10, false, lse.data());
+    fino::pair_logsumexp<float, float>(threaded, unit.data(), n, d, 10, false, lse.data());
     worst = std::numeric_limits<double>::infinity();  // it must not pass in silence
   } catch (const std::bad_alloc&) {
   }
 }
 
-template <typename T>
-void check_all() {
+template <typename T, typename P = T>
+void check_sweeps() {
   std::mt19937 generator(0);
   for (const int64_t n : {2, 3, 65, 257, 530})
     for (const int64_t d : {1, 5, 17})
       for (const double scale : {5.0, 39.0, 100.0})
         for (const bool towers : {false, true})
-          check_contrastive<T>(generator, n + (towers && n % 2), d, scale, towers);
+          check_contrastive<T, P>(generator, n + (towers && n % 2), d, scale, towers);
   for (const int64_t n : {1, 7, 40})
-    for (const int64_t k : {1, 2, 17, 100})
-      for (const bool prototype : {false, true}) check_cross_entropy<T>(generator, n, 6, k, prototype);
+    for (const int64_t k : {1, 2, 17, 100, 2500})
+      for (const bool prototype : {false, true})
+        check_cross_entropy<T, P>(generator, n, 6, k, prototype);
+}
+
+template <typename T>
+void check_projections() {
+  std::mt19937 generator(0);
   for (const bool categories : {false, true})
     for (const auto overlap : {fino::Overlap::explained, fino::Overlap::shared})
       for (const int64_t d : {3, 70})  // the squared form, the sweep
@@ -304,14 +371,21 @@ void check_all() {
 
 }  // namespace
 
+// The largest error since it was last asked for.
+double taken() { return std::exchange(worst, 0); }
+
 int main() {
-  check_all<double>();
-  const double wide = worst;
-  worst = 0;
-  check_all<float>();
+  check_sweeps<double>();
+  check_projections<double>();
+  const double wide = taken();
+  check_sweeps<float>();
+  check_projections<float>();
   std::mt19937 generator(1);
   check_threads(generator);
-  std::printf("%s: largest error %.1e in fp64, %.1e in fp32\n", fino::capability().c_str(), wide,
-              worst);
-  return wide < 1e-11 && worst < 2e-4 ? EXIT_SUCCESS : EXIT_FAILURE;
+  const double single = taken();
+  check_sweeps<float, fino::Bf16>();
+  const double half = taken();
+  std::printf("%s: largest error %.1e in fp64, %.1e in fp32, %.1e in bf16\n",
+              fino::capability().c_str(), wide, single, half);
+  return wide < 1e-11 && single < 2e-4 && half < 2e-2 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -16,6 +16,7 @@ LEVEL_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
+LEVEL_FLAGS["avx512_bf16"] = [*LEVEL_FLAGS["avx512"], "-mavx512bf16"]
 FLAGS = [
     "-std=c++17", "-O1", "-g", "-fopenmp-simd", "-pthread", f"-I{CSRC}",
     "-fno-sanitize-recover=all",
@@ -38,12 +39,8 @@ def program(sanitizers: str, levels: tuple[str, ...], folder: Path) -> Path:
         source = str(CSRC / "cpu" / "epilogues.cpp")
         command = [compiler, *flags, *LEVEL_FLAGS[level], f"-DFINO_LEVEL={level}", "-c", source]
         subprocess.run([*command, "-o", objects[-1]], check=True)
-    sources = [
-        HERE / "sweep_check.cpp",
-        CSRC / "cpu" / "sweep.cpp",
-        CSRC / "cpu" / "orthogonal.cpp",
-        CSRC / "cpu" / "capability.cpp",
-    ]
+    kernels = ("capability", "contrastive", "heads", "orthogonal", "wide_head")
+    sources = [HERE / "sweep_check.cpp", *(CSRC / "cpu" / f"{name}.cpp" for name in kernels)]
     program = folder / "sweep_check"
     subprocess.run(
         [compiler, *flags, *have, *map(str, sources), *objects, "-o", program], check=True
