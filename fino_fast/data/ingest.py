@@ -171,7 +171,7 @@ def _ingest_part(
             unknown = _plan_further(request, table, plans, inputs)
     written = _write_missing(request, plans, engine, progress)
     with locked(request.out / LOCK, RIVAL, wait=True):
-        remaining = _committed(_tasks(request, plans)).count(None)
+        remaining = _committed(write_tasks(request, plans)).count(None)
         if remaining:
             return Report(None, written, {}, unknown, remaining)
         remove_temporaries(request.out)
@@ -252,34 +252,40 @@ def _check_inputs(request: Request, plans: list[Plan], inputs: Inputs) -> None:
                 "rules do not mix: use the former, or another --out (roles and weights can be "
                 "changed in the training configuration)"
             )
-    if known.table_sha256 != inputs.table_sha256 and None in _committed(_tasks(request, plans)):
+    if known.table_sha256 != inputs.table_sha256 and None in _committed(
+        write_tasks(request, plans)
+    ):
         raise ConfigError(
             f"{request.out}: an ingest of another version of {request.table.name} is unfinished; "
             "finish it with the former table first"
         )
 
 
-def _tasks(request: Request, plans: list[Plan]) -> list[WriteTask]:
-    return [
-        WriteTask(
-            out=request.out,
-            images=request.images,
-            generation=plan.generation,
-            group=group,
-            shard=shard,
-            plan_sha256=plan.hash,
-            schema_sha256=plan.schema_sha256,
-            limits=request.declaration.images,
-            check=request.check,
-        )
-        for plan in plans
-        for group, shard in enumerate(plan.shards)
-    ]
+def write_tasks(request: Request, plans: list[Plan]) -> list[WriteTask]:
+    """One task a planned shard, in order."""
+    tasks = []
+    for plan in plans:
+        plan_sha256 = plan.hash  # of the whole plan: not once a shard
+        tasks += [
+            WriteTask(
+                out=request.out,
+                images=request.images,
+                generation=plan.generation,
+                group=group,
+                shard=shard,
+                plan_sha256=plan_sha256,
+                schema_sha256=plan.schema_sha256,
+                limits=request.declaration.images,
+                check=request.check,
+            )
+            for group, shard in enumerate(plan.shards)
+        ]
+    return tasks
 
 
 def _receipts(request: Request, plans: list[Plan]) -> list[Receipt]:
     """The receipts of all committed shards, in order."""
-    return [receipt for receipt in _committed(_tasks(request, plans)) if receipt is not None]
+    return [receipt for receipt in _committed(write_tasks(request, plans)) if receipt is not None]
 
 
 def _committed(tasks: list[WriteTask]) -> list[Receipt | None]:
@@ -295,7 +301,7 @@ def _write_missing(
 ) -> int:
     """Write every planned shard (of this process's part) that has no receipt; count them."""
     first, step = request.part or (0, 1)
-    tasks = _tasks(request, plans)[first::step]
+    tasks = write_tasks(request, plans)[first::step]
     missing = [
         task for task, receipt in zip(tasks, _committed(tasks), strict=True) if receipt is None
     ]

@@ -2,9 +2,10 @@
 
 import io
 import struct
-import zlib
 
 import numpy as np
+import simplejpeg
+from isal import isal_zlib
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -13,6 +14,8 @@ from .stored import ImageRejected, Pixels, Stored, check_size, without_alpha
 from .tiff import converted, import_imagecodecs
 
 _ORIENTATION_TAG = 0x0112
+_APP1, _SCAN = b"\xff\xe1", b"\xff\xda"
+_JPEG_CHANNELS = {"Gray": 1, "RGB": 3, "YCbCr": 3}
 
 
 def prepare_png(data: bytes, limits: ImagesDeclaration, check: bool) -> Stored:
@@ -46,10 +49,10 @@ def _check_png_pixels(parts: list[memoryview], height: int, row_bytes: int) -> N
         ImageRejected: they do not inflate to the rows that the header promises.
     """
     expected = height * (row_bytes + 1)
-    packed = zlib.decompressobj()
+    packed = isal_zlib.decompressobj()
     try:
         rows = packed.decompress(b"".join(parts), expected + 1)
-    except zlib.error as error:
+    except isal_zlib.error as error:  # type: ignore[misc]  # its stubs lack `type[…]`
         raise ImageRejected("decode_failed", f"PNG pixels: {error}") from error
     if len(rows) != expected or not packed.eof:
         raise ImageRejected("decode_failed", f"{len(rows)} bytes of PNG pixels, not {expected}")
@@ -71,7 +74,7 @@ def _png_chunks(data: bytes) -> dict[bytes, list[memoryview]]:
         name, end = data[place + 4 : place + 8], place + length + 8
         if end + 4 > len(data):
             break
-        if zlib.crc32(view[place + 4 : end]) != int.from_bytes(data[end : end + 4]):
+        if isal_zlib.crc32(view[place + 4 : end]) != int.from_bytes(data[end : end + 4]):
             raise ImageRejected("decode_failed", f"the checksum of PNG chunk {name!r} differs")
         chunks.setdefault(name, []).append(view[place + 8 : end])
         place = end + 4
@@ -91,22 +94,38 @@ def _decode_deep_png(data: bytes) -> NDArray[np.uint16]:
 
 
 def prepare_jpeg(data: bytes, limits: ImagesDeclaration, check: bool) -> Stored:
-    image = _open(data)
-    width, height = image.size
-    channels = len(image.getbands())
-    check_size(height, width, channels, 1, len(data), limits)
-    if image.mode not in ("L", "RGB"):
+    try:
+        height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        # Damaged, or of a sampling that libjpeg-turbo decodes and its interface has no name for.
+        return prepare_other(data, limits)
+    if colour not in _JPEG_CHANNELS:
         raise ImageRejected(
             "unsupported_color",
-            f"JPEG of colour mode {image.mode}: its conversion to RGB is not defined; convert it",
+            f"JPEG of colour mode {colour}: its conversion to RGB is not defined; convert it",
         )
-    if _orientation(image) != 1:
+    channels = _JPEG_CHANNELS[colour]
+    check_size(height, width, channels, 1, len(data), limits)
+    # The orientation stands in an APP1 segment, in front of the first scan.
+    if data.find(_APP1, 0, data.find(_SCAN)) > 0 and _orientation(_open(data)) != 1:
         return _convert(data)
     if check:
-        # An eighth of the size and grey: every coefficient is decoded, few are transformed.
-        image.draft("L", (1, 1))
-        _loaded(image)
+        _check_jpeg_pixels(data)
     return Stored(data, "jpg", height, width, channels, "uint8", "")
+
+
+def _check_jpeg_pixels(data: bytes) -> None:
+    """Decode every coefficient; only the transforms behind, which cannot fail, are cut down to an
+    eighth of the size and to grey.
+
+    Raises:
+        ImageRejected: the decoder fails, or goes on with a warning: it ran out of data, or met what
+            no encoder wrote, and made up the pixels behind.
+    """
+    try:
+        simplejpeg.decode_jpeg(data, "GRAY", fastdct=True, min_height=1, min_width=1)
+    except ValueError as error:
+        raise ImageRejected("decode_failed", str(error)) from error
 
 
 def _orientation(image: Image.Image) -> int:

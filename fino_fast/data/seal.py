@@ -1,11 +1,13 @@
 """Phase 3: every planned shard is there and its counts add up; then, and only then, a manifest."""
 
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from fino_fast.errors import DataError
 
@@ -29,7 +31,11 @@ from .write import Receipt
 REJECTS = "rejects.parquet"
 
 _TABLE_COLUMNS = ["row", "id", "path", "split"]
-_REJECT_COLUMNS = ["row", "table_row", "id", "path", "code", "detail"]
+_PLACES = ["offset", "size", "height", "width", "channels", "crc32", "extension", "dtype"]
+_REJECTS = pa.schema(
+    [("row", pa.int64()), ("table_row", pa.int64())]
+    + [(name, pa.string()) for name in ("id", "path", "code", "detail")]
+)
 
 
 def seal(out: Location, plans: list[Plan], receipts: list[Receipt]) -> Manifest:
@@ -53,10 +59,15 @@ def seal(out: Location, plans: list[Plan], receipts: list[Receipt]) -> Manifest:
     names = [f"schema-{suffix}.json", f"index-{suffix}.npy", f"samples-{suffix}.parquet"]
     names.append(f"metadata-{suffix}.npy")
     samples = sum(receipt.samples for receipt in receipts)
+    if samples == 0:
+        raise DataError(f"{out}: not one image could be taken; see {REJECTS}")
     write_json(out / names[0], schema.content())
-    _write_index(out / names[1], out, receipts, schema)
-    _write_parquet(out / names[2], _samples(out, receipts, schema))
-    _write_metadata(out / names[3], _samples(out, receipts, schema), samples, schema)
+    with (
+        committed(out / names[1]) as index,
+        committed(out / names[2]) as table,
+        committed(out / names[3]) as metadata,
+    ):
+        _write_samples(index, table, metadata, out, receipts, schema)
     sealed = [_sealed_file(out / name) for name in names]
     manifest = Manifest(
         planned=sum(plan.rows for plan in plans),
@@ -75,15 +86,16 @@ def seal(out: Location, plans: list[Plan], receipts: list[Receipt]) -> Manifest:
 
 
 def _check_complete(out: Location, plans: list[Plan], receipts: list[Receipt]) -> None:
-    planned = [(shard, plan) for plan in plans for shard in plan.shards]
+    planned = [
+        (shard, plan_sha256)
+        for plan, plan_sha256 in zip(plans, [plan.hash for plan in plans], strict=True)
+        for shard in plan.shards
+    ]
     if len(planned) != len(receipts):
         raise DataError(f"{out}: {len(receipts)} of {len(planned)} shards are committed")
-    for (shard, plan), receipt in zip(planned, receipts, strict=True):
-        if (receipt.name, receipt.rows, receipt.plan_sha256) != (
-            shard.name,
-            shard.rows,
-            plan.hash,
-        ):
+    for (shard, plan_sha256), receipt in zip(planned, receipts, strict=True):
+        expected = (shard.name, shard.rows, plan_sha256)
+        if (receipt.name, receipt.rows, receipt.plan_sha256) != expected:
             raise DataError(f"{out}: shard {shard.name}: its receipt belongs to another plan")
 
 
@@ -99,41 +111,43 @@ def _sidecars(out: Location, receipts: list[Receipt], columns: list[str]) -> Ite
         yield table
 
 
-def _write_index(path: Location, out: Location, receipts: list[Receipt], schema: Schema) -> None:
-    samples = sum(receipt.samples for receipt in receipts)
-    if samples == 0:
-        raise DataError(f"{out}: not one image could be taken; see {REJECTS}")
-    columns = ["status", "split", "extension", "dtype"]
-    numbers = ["size", "height", "width", "channels", "crc32"]
-    splits = pa.array(schema.splits, pa.string())
-    with committed(path) as file:
-        file.write(npy_header(RECORD, samples))
-        for number, table in enumerate(_sidecars(out, receipts, [*columns, "offset", *numbers])):
-            table = table.filter(pc.equal(table["status"], "ok"))
-            records = np.zeros(len(table), dtype=RECORD)
-            records["shard"] = number
-            records["block"] = table["offset"].to_numpy() // BLOCK
-            for name in numbers:
-                records[name] = table[name].to_numpy()
-            records["split"] = pc.index_in(table["split"], value_set=splits).to_numpy()
-            forms = zip(table["extension"].to_pylist(), table["dtype"].to_pylist(), strict=True)
-            records["form"] = [FORMS.index(form) for form in forms]
-            file.write(records.tobytes())
-
-
-def _write_metadata(
-    path: Location, tables: Iterator[pa.Table], samples: int, schema: Schema
+def _write_samples(
+    index: IO[bytes],
+    table: IO[bytes],
+    metadata: IO[bytes],
+    out: Location,
+    receipts: list[Receipt],
+    schema: Schema,
 ) -> None:
-    with committed(path) as file:
-        file.write(npy_header(record_type(schema), samples))
-        for table in tables:
-            file.write(pack(schema, table).tobytes())
+    """Index, sample table and metadata, in one pass over the sidecars."""
+    samples = sum(receipt.samples for receipt in receipts)
+    index.write(npy_header(RECORD, samples))
+    metadata.write(npy_header(record_type(schema), samples))
+    kept = _TABLE_COLUMNS + [FACTOR + name for name in schema.factors]
+    writer = None
+    for number, sidecar in enumerate(_sidecars(out, receipts, ["status", *_PLACES, *kept])):
+        part = sidecar.filter(pc.equal(sidecar["status"], "ok"))
+        index.write(_records(part, number, schema).tobytes())
+        metadata.write(pack(schema, part).tobytes())
+        part = part.select(kept)
+        writer = writer or pq.ParquetWriter(table, part.schema, compression="zstd")
+        writer.write_table(part)
+    if writer is not None:
+        writer.close()
 
 
-def _samples(out: Location, receipts: list[Receipt], schema: Schema) -> Iterator[pa.Table]:
-    columns = _TABLE_COLUMNS + [FACTOR + name for name in schema.factors]
-    for table in _sidecars(out, receipts, ["status", *columns]):
-        yield table.filter(pc.equal(table["status"], "ok")).select(columns)
+def _records(samples: pa.Table, shard: int, schema: Schema) -> NDArray[np.void]:
+    """The index of one shard's samples."""
+    records = np.zeros(len(samples), dtype=RECORD)
+    records["shard"] = shard
+    records["block"] = samples["offset"].to_numpy() // BLOCK
+    for name in ("size", "height", "width", "channels", "crc32"):
+        records[name] = samples[name].to_numpy()
+    splits = pa.array(schema.splits, pa.string())
+    records["split"] = pc.index_in(samples["split"], value_set=splits).to_numpy()
+    forms = zip(samples["extension"].to_pylist(), samples["dtype"].to_pylist(), strict=True)
+    records["form"] = [FORMS.index(form) for form in forms]
+    return records
 
 
 def write_rejects(out: Location, plans: list[Plan], receipts: list[Receipt]) -> pa.Table:
@@ -142,29 +156,26 @@ def write_rejects(out: Location, plans: list[Plan], receipts: list[Receipt]) -> 
     remaining = iter(receipts)
     for i, plan in enumerate(plans):
         own = [next(remaining) for _ in plan.shards]
-        lost = pa.concat_tables(
-            table.filter(pc.equal(table["status"], "rejected")).select(_REJECT_COLUMNS)
-            for table in _sidecars(out, own, ["status", *_REJECT_COLUMNS])
-        )
-        for later in plans[i + 1 :]:
-            again = pc.is_in(lost["id"], value_set=planned_ids(out, later))
-            lost = lost.filter(pc.invert(again))
+        lost = _lost(out, own)
+        if len(lost):
+            for later in plans[i + 1 :]:
+                again = pc.is_in(lost["id"], value_set=planned_ids(out, later))
+                lost = lost.filter(pc.invert(again))
         kept.append(lost)
     rejects = pa.concat_tables(kept)
-    _write_parquet(out / REJECTS, [rejects])
+    with committed(out / REJECTS) as file:
+        pq.write_table(rejects, file, compression="zstd")
     return rejects
 
 
-def _write_parquet(path: Location, tables: Iterator[pa.Table] | list[pa.Table]) -> None:
-    tables = iter(tables)
-    first = next(tables)
-    with (
-        committed(path) as file,
-        pq.ParquetWriter(file, first.schema, compression="zstd") as writer,
-    ):
-        writer.write_table(first)
-        for table in tables:
-            writer.write_table(table)
+def _lost(out: Location, receipts: list[Receipt]) -> pa.Table:
+    """The rejected rows of some shards."""
+    columns = ["status", *_REJECTS.names]
+    tables = [
+        table.filter(pc.equal(table["status"], "rejected")).select(_REJECTS.names)
+        for table in _sidecars(out, [receipt for receipt in receipts if receipt.rejected], columns)
+    ]
+    return pa.concat_tables([_REJECTS.empty_table(), *tables])
 
 
 def _sealed_file(path: Location) -> SealedFile:

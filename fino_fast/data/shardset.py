@@ -3,7 +3,6 @@
 import functools
 import os
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Self, overload
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from isal import isal_zlib
 from numpy.typing import NDArray
 
 from fino_fast.errors import DataError
@@ -216,7 +216,7 @@ class ShardSet:
             data = self._read_at(shard, offset, size)
         except OSError as error:
             raise DataError(f"{self.describe(row)}: cannot be read: {error.strerror}") from error
-        if len(data) != size or zlib.crc32(data) != record["crc32"]:
+        if len(data) != size or isal_zlib.crc32(data) != record["crc32"]:
             raise DamagedSample(
                 f"{self.describe(row)}: the bytes are not those that were sealed; run "
                 f"`fino-fast verify {self.folder}`, then restore or rewrite the shard"

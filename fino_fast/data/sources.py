@@ -17,6 +17,7 @@ from .files import Location
 from .remote import Entry, Remote
 from .stored import ImageRejected
 
+_CALL_BYTES = 1 << 30
 _CONNECTIONS = 16
 """Objects that a worker fetches at the same time."""
 
@@ -76,9 +77,11 @@ class Root:
         try:
             # The path was resolved above: a link here was put in between.
             descriptor = os.open(source.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            with os.fdopen(descriptor, "rb", buffering=0) as file:
+            try:
                 state = os.fstat(descriptor)
-                data = file.readall()
+                data = _read_all(descriptor, size + 1)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise _rejection(error, path, "", "") from error
         _check_unchanged((size, mtime_ns), (state.st_size, state.st_mtime_ns), data)
@@ -160,6 +163,17 @@ class RemoteRoot:
                     yield ahead.popleft().result
             while ahead:
                 yield ahead.popleft().result
+
+
+def _read_all(descriptor: int, size: int) -> bytes:
+    """The first `size` bytes of a file, or as many as it has; a single call gives 2 GiB at most."""
+    data = os.read(descriptor, min(size, _CALL_BYTES))
+    if len(data) < _CALL_BYTES:
+        return data
+    parts = [data]
+    while len(parts[-1]) == _CALL_BYTES:
+        parts.append(os.read(descriptor, _CALL_BYTES))
+    return b"".join(parts)
 
 
 def _check_path(path: str) -> None:

@@ -1,7 +1,6 @@
 """What a shard stores of an image, and what no image may be."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +26,7 @@ class ImageRejected(Exception):
         self.detail = detail
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """An image as it goes into the shard."""
 
     payload: bytes

@@ -6,14 +6,15 @@ runs it, how often, and what was left behind by an earlier attempt make no diffe
 
 import hashlib
 import json
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from isal import isal_zlib
 
 from fino_fast.errors import ConfigError, DataError
 
@@ -23,31 +24,35 @@ from .images import prepare
 from .manifest import SealedShard
 from .plan import FACTOR, PlannedShard, read_planned_rows
 from .sources import Source, open_root
-from .stored import ImageRejected, Stored
+from .stored import ImageRejected
 from .tar import TarWriter
 
 _MAX_SAMPLE_BYTES = (1 << 32) - 1
+# Made once: `json.dumps` would make one a sample.
+_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
-SIDECAR_FIELDS: list[pa.Field] = [
-    pa.field("row", pa.int64()),
-    pa.field("table_row", pa.int64()),
-    pa.field("id", pa.string()),
-    pa.field("path", pa.string()),
-    pa.field("split", pa.string()),
-    pa.field("status", pa.string()),
-    pa.field("code", pa.string()),
-    pa.field("detail", pa.string()),
-    pa.field("extension", pa.string()),
-    pa.field("offset", pa.int64()),
-    pa.field("size", pa.int64()),
-    pa.field("height", pa.int64()),
-    pa.field("width", pa.int64()),
-    pa.field("channels", pa.int64()),
-    pa.field("dtype", pa.string()),
-    pa.field("axes", pa.string()),
-    pa.field("crc32", pa.int64()),
-    pa.field("sha256", pa.string()),
-]
+_FROM_PLAN = ["row", "table_row", "id", "path", "split"]
+
+
+class Outcome(NamedTuple):
+    """What became of a planned row: the sidecar's columns behind those of the plan."""
+
+    status: Literal["ok", "rejected"]
+    code: str | None = None
+    detail: str | None = None
+    extension: str | None = None
+    offset: int | None = None
+    size: int | None = None
+    height: int | None = None
+    width: int | None = None
+    channels: int | None = None
+    dtype: str | None = None
+    axes: str | None = None
+    crc32: int | None = None
+    sha256: str | None = None
+
+
+_NUMBERS = {"offset", "size", "height", "width", "channels", "crc32"}
 
 
 class Receipt(SealedShard):
@@ -105,23 +110,17 @@ def write_shard(task: WriteTask) -> Receipt:
         MissingExtraError: an image needs a package that is not installed.
     """
     planned = read_planned_rows(task.out, task.generation, task.group, task.shard)
-    rows = planned.to_pylist()
-    wanted = [Source(r["path"], r["size"], r["mtime_ns"]) for r in rows if r["code"] is None]
-    reads = open_root(task.images).reads(wanted)
-    outcomes: list[dict[str, Any]] = []
     tar_path = task.out / f"{task.name}.tar"
     with committed(tar_path) as file:
         tar = TarWriter(file)
-        for row in rows:
-            read = next(reads) if row["code"] is None else None
-            outcomes.append(_write_row(tar, read, row, task))
+        outcomes = [_write_row(tar, task, *row) for row in _rows(planned, task)]
         digest = tar.close()
     sidecar = _sidecar(planned, outcomes)
     with committed(task.out / f"{task.name}.parquet") as file:
         pq.write_table(sidecar, file, compression="zstd")
         file.flush()
         sidecar_sha256 = sha256_of(Path(file.name))
-    samples = sum(outcome["status"] == "ok" for outcome in outcomes)
+    samples = sum(outcome.status == "ok" for outcome in outcomes)
     receipt = Receipt(
         name=task.name,
         first_row=task.shard.first_row,
@@ -159,83 +158,81 @@ def committed_receipt(task: WriteTask) -> Receipt | None:
     return receipt if found == expected and whole else None
 
 
+Read = Callable[[], bytes]
+
+
+def _rows(planned: pa.Table, task: WriteTask) -> Iterator[tuple[int, str, Read, dict[str, Any]]]:
+    """Of each planned row its number, path, what gives its image, and the sample's description:
+    what the table says about it, missing values as None.
+    """
+    columns = {name: planned[name].to_pylist() for name in planned.column_names}
+    rows, paths, codes = columns["row"], columns["path"], columns["code"]
+    found = zip(paths, columns["size"], columns["mtime_ns"], codes, strict=True)
+    wanted = [Source(path, size, mtime) for path, size, mtime, code in found if code is None]
+    reads = open_root(task.images).reads(wanted)
+    factors = {name.removeprefix(FACTOR): name for name in columns if name.startswith(FACTOR)}
+    values = zip(*(columns[name] for name in factors.values()), strict=True)
+    told = zip(columns["id"], columns["split"], values, strict=True)
+    for row, path, code, detail, (id_, split, metadata) in zip(
+        rows, paths, codes, columns["detail"], told, strict=True
+    ):
+        read = next(reads) if code is None else partial(_reject, code, detail)
+        description = {
+            "id": id_,
+            "metadata": dict(zip(factors, metadata, strict=True)),
+            "path": path,
+            "row": row,
+            "split": split,
+        }
+        yield row, path, read, description
+
+
+def _reject(code: str, detail: str) -> bytes:
+    """In place of reading what the plan rejected."""
+    raise ImageRejected(code, detail)
+
+
 def _write_row(
-    tar: TarWriter, read: Callable[[], bytes] | None, row: dict[str, Any], task: WriteTask
-) -> dict[str, Any]:
-    """Write one planned row, or say why not; `read` is None where the plan rejected it."""
-    try:
-        if read is None:
-            raise ImageRejected(row["code"], row["detail"])
-        stored = prepare(_content(read, row, task), task.limits, check=task.check)
-        if len(stored.payload) > _MAX_SAMPLE_BYTES:
-            raise ImageRejected("too_large", f"{len(stored.payload)} bytes; 4 GiB is the limit")
-    except ImageRejected as rejection:
-        return {"status": "rejected", "code": rejection.code, "detail": rejection.detail}
-    name = f"{row['row']:012d}"
-    offset = tar.add(f"{name}.{stored.extension}", stored.payload)
-    tar.add(f"{name}.json", _metadata(row))
-    return _placed(stored, offset)
-
-
-def _content(read: Callable[[], bytes], row: dict[str, Any], task: WriteTask) -> bytes:
-    """A source file's bytes.
+    tar: TarWriter, task: WriteTask, row: int, path: str, read: Read, description: dict[str, Any]
+) -> Outcome:
+    """Write one planned row, or say why not.
 
     Raises:
-        ImageRejected: the file cannot be taken.
         DataError: a store does not answer: that is no fault of the image.
     """
     try:
-        return read()
+        stored = prepare(read(), task.limits, check=task.check)
+        if len(stored.payload) > _MAX_SAMPLE_BYTES:
+            raise ImageRejected("too_large", f"{len(stored.payload)} bytes; 4 GiB is the limit")
+    except ImageRejected as rejection:
+        return Outcome("rejected", rejection.code, rejection.detail)
     except OSError as error:
         raise DataError(
-            f"{task.images}/{row['path']}: cannot be fetched: {error.strerror}; run the same "
-            "command again"
+            f"{task.images}/{path}: cannot be fetched: {error.strerror}; run the same command again"
         ) from error
-
-
-def _placed(stored: Stored, offset: int) -> dict[str, Any]:
-    return {
-        "status": "ok",
-        "extension": stored.extension,
-        "offset": offset,
-        "size": len(stored.payload),
-        "height": stored.height,
-        "width": stored.width,
-        "channels": stored.channels,
-        "dtype": stored.dtype,
-        "axes": stored.axes,
-        "crc32": zlib.crc32(stored.payload),
-        "sha256": hashlib.sha256(stored.payload).hexdigest(),
-    }
-
-
-def _metadata(row: dict[str, Any]) -> bytes:
-    """The sample's `.json` member: what the table says about it, missing values as null."""
-    content = {
-        "id": row["id"],
-        "path": row["path"],
-        "row": row["row"],
-        "split": row["split"],
-        "metadata": {
-            name.removeprefix(FACTOR): value
-            for name, value in row.items()
-            if name.startswith(FACTOR)
-        },
-    }
-    text = json.dumps(
-        content, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    name = f"{row:012d}"
+    offset = tar.add(f"{name}.{stored.extension}", stored.payload)
+    tar.add(f"{name}.json", _JSON.encode(description).encode("utf-8"))
+    return Outcome(
+        status="ok",
+        extension=stored.extension,
+        offset=offset,
+        size=len(stored.payload),
+        height=stored.height,
+        width=stored.width,
+        channels=stored.channels,
+        dtype=stored.dtype,
+        axes=stored.axes,
+        crc32=isal_zlib.crc32(stored.payload),
+        sha256=hashlib.sha256(stored.payload).hexdigest(),
     )
-    return text.encode("utf-8")
 
 
-def _sidecar(planned: pa.Table, outcomes: list[dict[str, Any]]) -> pa.Table:
+def _sidecar(planned: pa.Table, outcomes: list[Outcome]) -> pa.Table:
     """One row per planned row: where the sample is, or why it is not."""
-    columns: dict[str, Any] = {}
-    for field in SIDECAR_FIELDS:
-        if field.name in ("row", "table_row", "id", "path", "split"):
-            columns[field.name] = planned[field.name]
-        else:
-            columns[field.name] = pa.array([o.get(field.name) for o in outcomes], field.type)
+    columns: dict[str, Any] = {name: planned[name] for name in _FROM_PLAN}
+    for name, values in zip(Outcome._fields, zip(*outcomes, strict=True), strict=True):
+        columns[name] = pa.array(values, pa.int64() if name in _NUMBERS else pa.string())
     for name in planned.column_names:
         if name.startswith(FACTOR):
             columns[name] = planned[name]

@@ -299,6 +299,29 @@ def test_a_flipped_bit_is_found_where_the_format_has_checksums(name: str) -> Non
     assert rejection(bytes(data)) == "decode_failed"
 
 
+def test_a_jpeg_that_decodes_with_a_warning_is_rejected() -> None:
+    """Pillow decodes both without a word: the decoder fills up what is missing with grey."""
+    data = SOUND["jpeg"]
+    middle = (data.find(b"\xff\xda") + len(data)) // 2
+    for damaged in (
+        data[:middle] + b"\xff\xd9" + data[middle + 2 :],
+        data[:middle] + data[middle + 40 :],
+    ):
+        Image.open(io.BytesIO(damaged)).load()
+        assert rejection(damaged) == "decode_failed"
+
+
+def test_a_jpeg_of_an_unnamed_sampling_is_converted() -> None:
+    """Five units of 3 blocks, read as three of 3 + 1 + 1: a sound stream of another picture."""
+    data = bytearray(imagecodecs.jpeg8_encode(pixels(3, 8, 40, 3), level=90, outcolorspace="RGB"))
+    frame = data.find(b"\xff\xc0")
+    data[frame + 7 : frame + 9] = (72).to_bytes(2)
+    data[frame + 11] = 0x31
+    image = np.asarray(Image.open(io.BytesIO(data)))
+    assert image.shape == (8, 72, 3)
+    np.testing.assert_array_equal(converted(bytes(data)), image)
+
+
 def test_what_is_no_image() -> None:
     assert rejection(b"") == "empty_file"
     assert rejection(b"<!DOCTYPE html><html><body>404</body></html>") == "unknown_format"
