@@ -43,28 +43,86 @@ def check_images(images: int, device: torch.device) -> None:
         )
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum of a tensor over all ranks; without gradient."""
-    value = value.detach()
-    if world_size() > 1:
-        value = value.clone()
-        dist.all_reduce(value)
+_checked: set[int] = set()  # losses whose ranks were found alike
+
+
+@torch.library.custom_op("fino::check_images", mutates_args=())
+def _check_operator(zero: Tensor, images: int, loss: int, always: bool) -> Tensor:
+    # An operator without result would be left out of a compiled graph.
+    if always or loss not in _checked:
+        check_images(images, zero.device)
+        _checked.add(loss)
+    return zero.clone()
+
+
+@_check_operator.register_fake
+def _(zero: Tensor, images: int, loss: int, always: bool) -> Tensor:
+    return torch.empty_like(zero)
+
+
+def same_images(images: int, device: torch.device, loss: int, always: bool) -> Tensor | None:
+    """`check_images`, in a graph of torch.compile too.
+
+    Args:
+        images: of this rank.
+        device: of the rows.
+        loss: number of the loss that asks; it gets its answer once.
+        always: ask in every step.
+
+    Returns:
+        What `after` takes: the compiler may reorder what does not depend on each other.
+
+    Raises:
+        ValueError: as `check_images`.
+    """
+    if world_size() == 1:
+        return None
+    zero = _check_operator(torch.zeros((), device=device), images, loss, always)
+    return zero if torch.compiler.is_compiling() else None
+
+
+def after(checked: Tensor | None, tensor: Tensor) -> Tensor:
+    """`tensor`, to be gathered after the check only."""
+    return tensor if checked is None else tensor + checked.to(tensor.dtype)
+
+
+# The collectives are operators: torch.compile meets them in backward passes too, where it cannot
+# trace the calls themselves.
+@torch.library.custom_op("fino::all_reduce", mutates_args=())
+def _all_reduce(value: Tensor) -> Tensor:
+    value = value.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(value)
     return value
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        world = world_size()
-        gathered = rows.new_empty(world, *rows.shape)
-        dist.all_gather(list(gathered.unbind(0)), rows.contiguous())
-        return gathered
+@_all_reduce.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value, memory_format=torch.contiguous_format)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient[rank()]
+
+@torch.library.custom_op("fino::all_gather", mutates_args=())
+def _all_gather(rows: Tensor) -> Tensor:
+    gathered = rows.new_empty(world_size(), *rows.shape)
+    dist.all_gather(list(gathered.unbind(0)), rows.contiguous())
+    return gathered
+
+
+@_all_gather.register_fake
+def _(rows: Tensor) -> Tensor:
+    return rows.new_empty(world_size(), *rows.shape)
+
+
+def _all_gather_backward(ctx: Any, gradient: Tensor) -> Tensor:
+    return sum_over_ranks(gradient)[rank()]
+
+
+_all_gather.register_autograd(_all_gather_backward)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum of a tensor over all ranks; without gradient."""
+    value = value.detach()
+    return value if world_size() == 1 else _all_reduce(value)
 
 
 def gather_views(rows: Tensor, views: int) -> Tensor:
@@ -82,6 +140,6 @@ def gather_views(rows: Tensor, views: int) -> Tensor:
     world = world_size()
     if world == 1:
         return rows
-    gathered: Tensor = _Gather.apply(rows)  # [W, V·B, …]
+    gathered: Tensor = _all_gather(rows)  # [W, V·B, …]
     shape = rows.shape[1:]
     return gathered.view(world, views, -1, *shape).transpose(0, 1).reshape(-1, *shape)

@@ -1,5 +1,6 @@
 """FinoLoss: the only place that puts the terms together."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, cast, overload
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .backends import BackendName, prepare, resolve
-from .distributed import check_images, sum_over_ranks, world_size
+from .distributed import after, same_images, sum_over_ranks, world_size
 from .factors import Categorical, Continuous, Factor, InfoNCE, LambdaSchedule
 from .frozen import frozen
 from .heads import Heads, LinearHead, PrototypeHead, build_head, update_banks
@@ -35,6 +36,7 @@ from .terms import (
 Terms = dict[str, Tensor]
 # From a gradient at a head's hidden features to the gradient at the embedding; None without MLP.
 Pullback = Callable[[Tensor], tuple[Tensor]] | None
+_numbers = itertools.count()  # of the losses of this process
 BALANCE_MOMENTUM = 0.99  # μ of the running gradient norms
 
 
@@ -93,7 +95,7 @@ class FinoLoss(nn.Module):
         self.dim, self.contrastive, self.contrastive_weight = dim, contrastive, contrastive_weight
         self.schedule, self.balance, self.backend = schedule, balance, backend
         self.validate = validate
-        self._ranks_checked = False
+        self._number = next(_numbers)
         self._check_factors()
 
         if contrastive is not None:
@@ -196,17 +198,23 @@ class FinoLoss(nn.Module):
         """
         stacked = checks.stacked("embeddings", embeddings, dim=self.dim)
         views, images, _ = stacked.shape
-        z = stacked.flatten(0, 1)
-        self._check_ranks(images, z.device)
-        values = self._checked_metadata(metadata, views, images, z.device)
-        p = z
+        device, dtype = stacked.device, accumulation_dtype(stacked.dtype)
+        # Where the host would have to wait for the device, it does in the first step only.
+        always = self.validate or device.type == "cpu"
+        checked = same_images(images, device, self._number, always)
+        stacked = after(checked, stacked)
+        values = {
+            name: after(checked, value)
+            for name, value in self._checked_metadata(metadata, views, images, device).items()
+        }
+        p = z = stacked.flatten(0, 1)
         if projections is not None:
             p = checks.stacked("projections", projections, views, images).flatten(0, 1)
+            p = after(checked, p)
         if teacher is not None:
-            teacher = checks.stacked("teacher", teacher, None, images, self.dim)
+            teacher = after(checked, checks.stacked("teacher", teacher, None, images, self.dim))
         self._check_views(views)
 
-        dtype = accumulation_dtype(z.dtype)
         # The backward pass may come after the next set_progress.
         guidance = frozen(self.guidance.clone())
         heads, pullbacks = self._head_calls(z, values, dtype, guidance)
@@ -246,15 +254,6 @@ class FinoLoss(nn.Module):
             for factor in self.factors:
                 checks.values_of(factor, values[factor.name])
         return values
-
-    def _check_ranks(self, images: int, device: torch.device) -> None:
-        # Where the host would have to wait for the device, the first step must do.
-        if torch.compiler.is_compiling() or (
-            device.type != "cpu" and self._ranks_checked and not self.validate
-        ):
-            return
-        check_images(images, device)
-        self._ranks_checked = True
 
     def _check_views(self, views: int) -> None:
         if self.contrastive is None:

@@ -39,7 +39,11 @@ CASES = {
     "three views, learnable": Case(views=3, contrastive=InfoNCE(0.2, learnable=True)),
     "two towers": Case(contrastive=InfoNCE(0.2, two_tower=True), concentration="ema"),
     "guides only, balanced": Case(views=1, contrastive=None, balance=True, teacher=True),
+    "two learnable towers, balanced": Case(
+        contrastive=InfoNCE(0.2, learnable=True, two_tower=True), balance=True, teacher=True
+    ),
 }
+COMPILED = "two learnable towers, balanced"
 
 
 class Model(nn.Module):
@@ -58,6 +62,8 @@ class Model(nn.Module):
                             temperature=0.25, momentum=0.75, concentration=case.concentration),
                 Continuous("exposure", 2, role="suppress", weight=0.6, orthogonal=0.4,
                            activation="tanh"),
+                # Of every view by itself.
+                Continuous("scale", weight=0.2, orthogonal=0.5, hidden=(3,)),
             ],
             contrastive=case.contrastive,
             schedule=LambdaSchedule("linear"),
@@ -88,7 +94,8 @@ def batch(case: Case, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor | No
     cell_line = labels(IMAGES, 5, missing=3, seed=30 + step)
     if step == 2:
         cell_line[:] = -1
-    metadata = {"cell_line": cell_line, "plate": plate, "exposure": exposure}
+    scale = values(case.views * IMAGES, 1, missing=2, seed=50 + step).view(case.views, IMAGES)
+    metadata = {"cell_line": cell_line, "plate": plate, "exposure": exposure, "scale": scale}
     teacher = embeddings(2, IMAGES, DIM, seed=40 + step).detach() if case.teacher else None
     return x, metadata, teacher
 
@@ -110,7 +117,8 @@ def run(model: nn.Module, case: Case, spread: bool) -> list[dict[str, Tensor]]:
     for step in range(STEPS):
         x, metadata, teacher = batch(case, step)
         if spread:
-            x, metadata = local(x, 1), {name: local(value, 0) for name, value in metadata.items()}
+            x = local(x, 1)
+            metadata = {name: local(v, int(name == "scale")) for name, v in metadata.items()}
             teacher = None if teacher is None else local(teacher, 1)
         inner.criterion.set_progress((step + 1) / STEPS)
         loss, terms = model(x, metadata, teacher)
@@ -127,12 +135,13 @@ def run(model: nn.Module, case: Case, spread: bool) -> list[dict[str, Tensor]]:
     return records
 
 
-def refusal(rank: int) -> str:
+def refusal(rank: int, compiler: str | None) -> str:
     """What FinoLoss says where the first rank has an image more than the others."""
     images = 3 + (rank == 0)
     criterion = FinoLoss(DIM, contrastive=InfoNCE(0.2), backend="eager")
+    call = torch.compile(criterion, fullgraph=True, backend=compiler) if compiler else criterion
     try:
-        criterion(torch.randn(2, images, DIM), {})
+        call(torch.randn(2, images, DIM), {})
     except ValueError as error:
         return str(error)
     return "accepted"
@@ -160,7 +169,13 @@ def worker(rank: int, folder: str) -> None:
         fully_shard(sharded.backbone, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
         results["fsdp"] = run(sharded, case, spread=True)
-        results["unequal"] = refusal(rank)
+        results["unequal"] = [refusal(rank, compiler) for compiler in (None, "aot_eager")]
+        if world == 2:
+            for backend in CPU_BACKENDS:
+                model = Model(CASES[COMPILED], backend).double()
+                model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+                wrapped = DistributedDataParallel(model)
+                results[f"compiled {backend}"] = run(wrapped, CASES[COMPILED], spread=True)
         torch.save(results, Path(folder) / f"world{world}rank{rank}.pt")
         dist.destroy_process_group()
 
@@ -213,7 +228,14 @@ def test_fsdp2_equals_one_process(ranks: list[Any]) -> None:
 def test_unequal_batches_are_refused_on_every_rank(ranks: list[Any]) -> None:
     counts = [4] + [3] * (len(ranks) - 1)
     for results in ranks:
-        assert f"same number of images, found by rank {counts}" in results["unequal"]
+        for said in results["unequal"]:
+            assert f"same number of images, found by rank {counts}" in said
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_a_compiled_model_in_ddp_equals_one_process(ranks: list[Any], backend: str) -> None:
+    """As one graph, collectives included."""
+    assert_one_batch(ranks, f"compiled {backend}", CASES[COMPILED], backend)
 
 
 def test_the_cases_do_what_they_say() -> None:
