@@ -296,27 +296,30 @@ class FinoLoss(nn.Module):
         self, z: Tensor, values: dict[str, Tensor], dtype: torch.dtype, guidance: Tensor
     ) -> tuple[list[HeadCall], list[Pullback]]:
         signed = {"preserve": guidance, "suppress": -guidance}
+        targets = [self._target(factor, z, values[factor.name], dtype) for factor in self.factors]
         calls, pullbacks = [], []
-        for factor in self.factors:
-            call, pullback = self._head_call(
-                factor, z, values[factor.name], dtype, signed[factor.role]
-            )
+        for factor, target, inv_count in zip(
+            self.factors, targets, _inverse_counts(targets, dtype), strict=True
+        ):
+            call, pullback = self._head_call(factor, z, target, inv_count, signed[factor.role])
             calls.append(call)
             pullbacks.append(pullback)
         return calls, pullbacks
 
+    def _target(self, factor: Factor, z: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the head of a factor is to say of every row; see `HeadCall.target`."""
+        head = self.heads[factor.name]
+        if isinstance(head, PrototypeHead):
+            value = trainable_target(value, head.counts)
+        elif isinstance(factor, Continuous):
+            value = scaled_target(factor, value, dtype)
+        return rows_of(value, z)
+
     def _head_call(
-        self,
-        factor: Factor,
-        z: Tensor,
-        value: Tensor,
-        dtype: torch.dtype,
-        guidance: Tensor,
+        self, factor: Factor, z: Tensor, target: Tensor, inv_count: Tensor, guidance: Tensor
     ) -> tuple[HeadCall, Pullback]:
         head = self.heads[factor.name]
         if isinstance(head, PrototypeHead):
-            target = rows_of(trainable_target(value, head.counts), z)
-            inv_count = _inverse(sum_over_ranks((target >= 0).sum()), dtype)
             call = HeadCall(
                 "prototype", z, head.centroids, head.temperatures, target, inv_count, 0,
                 head.counts, guidance, factor.weight,
@@ -335,13 +338,8 @@ class FinoLoss(nn.Module):
         kind: Kind
         if isinstance(factor, Continuous):
             kind, smoothing = factor.activation, 0.0
-            target = rows_of(scaled_target(factor, value, dtype), z)
-            valid = ~target.isnan()
         else:
             kind, smoothing = "linear", factor.label_smoothing
-            target = rows_of(value, z)
-            valid = target >= 0
-        inv_count = _inverse(sum_over_ranks(valid.sum()), dtype)
         call = HeadCall(
             kind, x, head.weight, head.bias, target, inv_count, smoothing, None, guided,
             factor.weight,
@@ -352,7 +350,7 @@ class FinoLoss(nn.Module):
         self, result: StepResult, pullbacks: list[Pullback], dtype: torch.dtype, terms: Terms
     ) -> Tensor:
         """Σ_f s_f · weight_f · L_f; enters L_f and its metric into `terms`."""
-        losses = torch.stack([_whole(head.loss) for head in result.heads]).to(dtype)
+        losses = _whole(torch.stack([head.loss for head in result.heads])).to(dtype)
         metrics = sum_over_ranks(torch.stack([head.metric for head in result.heads]))
         for index, factor in enumerate(self.factors):
             terms[factor.name] = losses[index].detach()
@@ -389,16 +387,20 @@ class FinoLoss(nn.Module):
             update_banks(list(banks.values()), teacher, [values[name] for name in banks])
 
 
-def _inverse(count: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / count, 1 where it is 0. 0-d."""
-    return count.clamp_min(1).to(dtype).reciprocal()
+def _inverse_counts(targets: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """1 / number of valid rows or entries on all ranks, 1 where there is none; 0-d each."""
+    if not targets:
+        return ()
+    valid = [~y.isnan() if y.is_floating_point() else y >= 0 for y in targets]
+    counts = sum_over_ranks(torch.stack([entries.sum() for entries in valid]))
+    return counts.clamp_min(1).to(dtype).reciprocal().unbind(0)
 
 
 def _whole(share: Tensor) -> Tensor:
-    """This rank's share of a term as the whole batch's term.
+    """This rank's shares of terms as the whole batch's terms.
 
     The value is the sum over ranks; the gradient is the share's times the number of ranks, because
-    DDP averages over them. 0-d.
+    DDP averages over them.
     """
     world = world_size()
     if world == 1:

@@ -7,6 +7,7 @@ import multiprocessing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -147,6 +148,16 @@ def refusal(rank: int, compiler: str | None) -> str:
     return "accepted"
 
 
+def collectives(factors: int) -> int:
+    """How many a step takes, forward and backward."""
+    kinds = [Categorical(f"f{f}", 3, head="linear", orthogonal=0.1) for f in range(factors)]
+    criterion = FinoLoss(DIM, kinds, contrastive=InfoNCE(0.2), backend="eager")
+    metadata = {f"f{f}": torch.zeros(4, dtype=torch.int64) for f in range(factors)}
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+        criterion(torch.randn(2, 4, DIM, requires_grad=True), metadata).backward()
+    return reduce.call_count
+
+
 def worker(rank: int, folder: str) -> None:
     """Rank of a group of four, then of a group of two, which only the first two enter."""
     torch.set_num_threads(1)
@@ -170,6 +181,7 @@ def worker(rank: int, folder: str) -> None:
         fully_shard(sharded, mesh=mesh)
         results["fsdp"] = run(sharded, case, spread=True)
         results["unequal"] = [refusal(rank, compiler) for compiler in (None, "aot_eager")]
+        results["collectives"] = [collectives(factors) for factors in (1, 3)]
         if world == 2:
             for backend in CPU_BACKENDS:
                 model = Model(CASES[COMPILED], backend).double()
@@ -230,6 +242,12 @@ def test_unequal_batches_are_refused_on_every_rank(ranks: list[Any]) -> None:
     for results in ranks:
         for said in results["unequal"]:
             assert f"same number of images, found by rank {counts}" in said
+
+
+def test_the_guides_of_all_factors_share_their_collectives(ranks: list[Any]) -> None:
+    few, many = ranks[0]["collectives"]
+    # But for the gradient of each orthogonal term.
+    assert many - few == 2
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)
