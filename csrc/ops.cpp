@@ -306,21 +306,27 @@ struct HeadLists {
   }
 };
 
-// The rows of x as T, where they are if they can be read there. Those without a label or an observed
-// value become zeros: they may hold anything, and 0 · NaN in the products would let it in.
+// The rows of x as T, where they are if they can be read there. `left_out` [N] become zeros; undefined:
+// none do.
 template <typename T>
-Rows<T> rows_of(const Tensor& x, const Tensor& target, bool classes) {
-  const Tensor unlabelled = classes ? target < 0 : target.isnan().view({x.size(0), -1}).all(1);
-  const bool some = unlabelled.any().item<bool>();
-  if (!some && x.scalar_type() == scalar_type<T> && x.is_contiguous())
+Rows<T> rows_of(const Tensor& x, const Tensor& left_out = {}) {
+  if (!left_out.defined() && x.scalar_type() == scalar_type<T> && x.is_contiguous())
     return [x](int64_t first, int64_t, T*) { return x.const_data_ptr<T>() + first * x.size(1); };
-  return [x, unlabelled, some](int64_t first, int64_t count, T* buffer) -> const T* {
+  return [x, left_out](int64_t first, int64_t count, T* buffer) -> const T* {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor rows = at::from_blob(buffer, {count, x.size(1)}, scalar_type<T>);
     rows.copy_(x.narrow(0, first, count));
-    if (some) rows.masked_fill_(unlabelled.narrow(0, first, count).unsqueeze(1), 0);
+    if (left_out.defined()) rows.masked_fill_(left_out.narrow(0, first, count).unsqueeze(1), 0);
     return buffer;
   };
+}
+
+// The same with zeros for the rows without a label or an observed value: they may hold anything, and
+// 0 · NaN in the products would let it in.
+template <typename T>
+Rows<T> labelled_rows(const Tensor& x, const Tensor& target, bool classes) {
+  const Tensor unlabelled = classes ? target < 0 : target.isnan().view({x.size(0), -1}).all(1);
+  return rows_of<T>(x, unlabelled.any().item<bool>() ? unlabelled : Tensor());
 }
 
 struct HeadOutput {
@@ -348,13 +354,13 @@ HeadOutput head_of(const HeadLists& in, size_t f, const Tensor& grad_x, bool acc
     target = dense<T>(target);
   }
   HeadOutput out;
-  out.grad_bank = want_bank ? at::zeros(in.bank[f].sizes(), options) : at::empty({0}, options);
+  out.grad_bank = want_bank ? at::empty(in.bank[f].sizes(), options) : at::empty({0}, options);
   out.grad_offset = want_bank ? at::zeros_like(offset) : at::empty({0}, options);
 
   const T inv_count = in.inv_count[f].item<T>();
   Head<T, P> head{};
   head.kind = in.kind_of(f);
-  head.rows = rows_of<T>(x, in.target[f], classes);
+  head.rows = labelled_rows<T>(x, in.target[f], classes);
   head.bank = bank.data();
   head.scale = prototype ? scale.data_ptr<T>() : nullptr;
   head.offset = offset.data_ptr<T>();
@@ -435,7 +441,7 @@ template <typename T, typename P, typename Run>
 auto with_wide_head(const WideTensors& in, const Run& run) {
   const Matrix<P> bank(in.bank);
   const Tensor offset = dense<T>(in.offset), target = in.target.contiguous();
-  const WideHead<T, P> head{rows_of<T>(in.x, target, /*classes=*/true),
+  const WideHead<T, P> head{labelled_rows<T>(in.x, target, /*classes=*/true),
                             bank.data(),
                             offset.data_ptr<T>(),
                             target.data_ptr<int64_t>(),
@@ -527,22 +533,21 @@ class Design {
 };
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> orthogonal_of(const Tensor& z_in, at::TensorList designs,
+std::tuple<Tensor, Tensor, Tensor> orthogonal_of(const Tensor& z, at::TensorList designs,
                                                  const c10::List<bool>& preserve,
                                                  at::ArrayRef<double> weight, double guidance) {
-  const Tensor z = dense<T>(z_in);
-  Tensor grad = at::zeros_like(z);
+  const Rows<T> rows = rows_of<T>(z);
+  Tensor grad = at::zeros(z.sizes(), at::TensorOptions().dtype(scalar_type<T>));
   std::vector<double> values;
   double sum = 0;
   for (size_t f = 0; f < designs.size(); ++f) {
     const Design<T> design(designs[f]);
-    values.push_back(orthogonal<T>(runtime<T, T>(), z.data_ptr<T>(), z.size(0), z.size(1),
-                                   design.projector(),
+    values.push_back(orthogonal<T>(runtime<T, T>(), rows, z.size(0), z.size(1), design.projector(),
                                    preserve[f] ? Overlap::shared : Overlap::explained,
                                    T(weight[f] * guidance), grad.data_ptr<T>()));
     sum += weight[f] * values.back();
   }
-  return {at::scalar_tensor(sum, z.options()), at::tensor(values, z.options()), grad};
+  return {at::scalar_tensor(sum, grad.options()), at::tensor(values, grad.options()), grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor> orthogonal_forward(const Tensor& z, at::TensorList designs,

@@ -219,12 +219,19 @@ def _orthogonal_forward_fake(
     )
 
 
+# Every backward pass reads the gradient of the first output alone. Unless told not to, autograd
+# would make zeros for the others, as large as the rows and banks; so None is what may come.
+
+
 def _contrastive_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
     rows, columns, logit_scale, *ctx.rest = inputs
     ctx.save_for_backward(rows, columns, logit_scale, output[1])
 
 
-def _contrastive_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _contrastive_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
     rows, columns, logit_scale, lse = ctx.saved_tensors
     lse_columns = gather_views(lse, ctx.rest[0])
     grad_rows, grad_scale = torch.ops.fino.contrastive_backward(
@@ -234,22 +241,25 @@ def _contrastive_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | N
 
 
 def _heads_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.set_materialize_grads(False)
     x, bank, offset = inputs[:3]
     ctx.group = inputs[10]
     ctx.dtypes = [tensor.dtype for tensor in (*x, *bank, *offset)]
     ctx.save_for_backward(*(tensor for tensors in output[3:] for tensor in tensors))
 
 
-def _heads_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _heads_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     heads = len(ctx.group)
     groups = len(ctx.dtypes) - 2 * heads
+    none = [None] * heads
+    if grad is None:
+        return [None] * groups, *[none] * 6, *[None] * 6
     upstream = [*range(groups), *ctx.group, *ctx.group]
     gradients = [
         # Empty: a gradient that nobody wanted.
         (tensor * grad[g]).to(dtype) if tensor.numel() else None
         for tensor, g, dtype in zip(ctx.saved_tensors, upstream, ctx.dtypes, strict=True)
     ]
-    none = [None] * heads
     return (
         gradients[:groups],
         gradients[groups : groups + heads],
@@ -260,11 +270,14 @@ def _heads_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 def _wide_head_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.set_materialize_grads(False)
     *tensors, ctx.smoothing = inputs
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _wide_head_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _wide_head_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
     want_x, want_bank, want_offset, *_ = ctx.needs_input_grad
     grad_x, grad_bank, grad_offset = torch.ops.fino.wide_head_backward(
         grad, *ctx.saved_tensors, ctx.smoothing, want_x, want_bank or want_offset
@@ -280,13 +293,15 @@ def _wide_head_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None,
 
 
 def _orthogonal_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.dtype, ctx.factors = inputs[0].dtype, len(inputs[1])
     ctx.save_for_backward(output[2])
 
 
-def _orthogonal_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _orthogonal_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     (grad_z,) = ctx.saved_tensors
-    return (grad_z * grad).to(ctx.dtype), [None] * ctx.factors, None, None, None
+    grad_z = None if grad is None else (grad_z * grad).to(ctx.dtype)
+    return grad_z, [None] * ctx.factors, None, None, None
 
 
 if LOAD_ERROR is None:

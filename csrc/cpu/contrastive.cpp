@@ -80,7 +80,8 @@ template <typename T, typename P>
 void cross_logsumexp(const Runtime<T, P>& runtime, const P* rows, int64_t n, const P* columns,
                      int64_t m, int64_t d, T scale, int64_t skip, T* lse) {
   const auto at = [&](int64_t first, int64_t) { return rows + first * d; };
-  block_sweep(runtime, n, columns, m, d, at, [&](T* block, int64_t first, int64_t count) {
+  block_sweep(runtime, n, columns, m, d, block_rows<T, P>(n, m), at,
+              [&](T* block, int64_t first, int64_t count) {
     runtime.parallel(count, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         lse[first + i] = epilogues<T>().row_logsumexp(block + i * m, m, scale,
@@ -93,9 +94,10 @@ template <typename T, typename P>
 void cross_gradient(const Runtime<T, P>& runtime, const P* rows, int64_t n, const P* columns,
                     int64_t m, int64_t d, T scale, int64_t skip, const T* lse_rows,
                     const T* lse_columns, T* g) {
-  Operand<T, P> weights(std::min(block_rows(n, m, sizeof(T)), n) * m);
+  const int64_t step = block_rows<T, P>(n, m);
+  Operand<T, P> weights(std::min(step, n) * m);
   const auto at = [&](int64_t first, int64_t) { return rows + first * d; };
-  block_sweep(runtime, n, columns, m, d, at, [&](T* block, int64_t first, int64_t count) {
+  block_sweep(runtime, n, columns, m, d, step, at, [&](T* block, int64_t first, int64_t count) {
     runtime.parallel(count, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         epilogues<T>().row_weights(block + i * m, m, scale, skip < 0 ? -1 : skip + first + i,

@@ -14,7 +14,7 @@ template <typename T, typename P>
 class HeadSweep {
  public:
   HeadSweep(const Runtime<T, P>& runtime, const Head<T, P>& head)
-      : runtime_(runtime), head_(head), step_(std::min(block_rows(head.n, head.k, sizeof(T)), head.n)),
+      : runtime_(runtime), head_(head), step_(block_step(head)),
         loaded_(scratch<T>(step_ * head.d)), operand_(step_ * head.d),
         coefficients_(gradient() ? step_ * head.k : 0),
         unit_(scratch<T>(prototype() ? step_ * head.d : 0)),
@@ -26,7 +26,7 @@ class HeadSweep {
   RowLoss<double> run() {
     const int64_t k = head_.k;
     block_sweep(
-        runtime_, head_.n, head_.bank, k, head_.d,
+        runtime_, head_.n, head_.bank, k, head_.d, step_,
         [&](int64_t first, int64_t count) { return load(first, count); },
         [&](T* block, int64_t first, int64_t count) {
           for_rows(count, [&](int64_t i) {
@@ -44,6 +44,11 @@ class HeadSweep {
   }
 
  private:
+  static int64_t block_step(const Head<T, P>& head) {
+    const int64_t bytes = head.grad_bank != nullptr ? trained_scratch_bytes : scratch_bytes;
+    return std::min(block_rows<T, P>(head.n, head.k, bytes), head.n);
+  }
+
   bool gradient() const { return head_.grad_x != nullptr || head_.grad_bank != nullptr; }
   bool prototype() const { return head_.kind == HeadKind::prototype; }
 
@@ -103,7 +108,7 @@ class HeadSweep {
       }
     }
     if (head_.grad_bank != nullptr)
-      runtime_.gemm(true, false, k, d, count, T(1), coefficients, k, operand_.get(x_), d, true,
+      runtime_.gemm(true, false, k, d, count, T(1), coefficients, k, operand_.get(x_), d, first > 0,
                     head_.grad_bank, d);
     if (head_.grad_offset != nullptr)
       runtime_.parallel(k, [&](int64_t begin, int64_t end) {

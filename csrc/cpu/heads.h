@@ -3,17 +3,12 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 #include "epilogues.h"
+#include "rows.h"
 #include "runtime.h"
 
 namespace fino {
-
-// Rows [first, first + count) of a matrix [n, d] as T: where they are, or written to `buffer`
-// [count, d]. Rows that take no part must be finite: they are multiplied, by zeros.
-template <typename T>
-using Rows = std::function<const T*(int64_t first, int64_t count, T* buffer)>;
 
 enum class HeadKind { linear, prototype, identity, sigmoid, tanh };
 
@@ -21,7 +16,7 @@ enum class HeadKind { linear, prototype, identity, sigmoid, tanh };
 template <typename T, typename P>
 struct Head {
   HeadKind kind;
-  Rows<T> rows;             // [n, d]; prototype: of any length, they are normalised here
+  Rows<T> rows;             // [n, d], finite; prototype: of any length, they are normalised here
   const P* bank;            // [k, d]
   const T* scale;           // [k]; prototype: 1 / (‖c‖·φ), 0 where unseen; else null
   const T* offset;          // [k]; bias; prototype: 0, or the lowest number where unseen
@@ -33,7 +28,7 @@ struct Head {
   T guidance;       // by which the gradient at the rows is multiplied too
   T* grad_x;        // [n, d]
   bool accumulate;  // add to grad_x
-  T* grad_bank;     // [k, d], zero on entry
+  T* grad_bank;     // [k, d]
   T* grad_offset;   // [k], zero on entry
 };
 

@@ -53,11 +53,11 @@ void symmetric_product(const Runtime<T>& runtime, const T* a, const T* scaled, i
 template <typename T>
 class Term {
  public:
-  Term(const Runtime<T>& runtime, const T* z, int64_t n, int64_t d, const Projector<T>& projector,
+  Term(const Runtime<T>& runtime, const Rows<T>& z, int64_t n, int64_t d, const Projector<T>& projector,
        double scale, T* grad)
       : runtime_(runtime), n_(n), d_(d), projector_(projector), scale_(scale), grad_(grad),
         rest_(scratch<T>(n * d)), means_(scratch<T>(projector.k * d)) {
-    center(z);
+    center(z(0, n, rest_.get()));
     explain();
   }
 
@@ -102,7 +102,7 @@ class Term {
     epilogues<T>().combine(x, y, nullptr, T(a), T(b), d_);
   }
 
-  // rest = Z; ‖Z‖².
+  // rest = Z; ‖Z‖². `z` may be the rest's own memory.
   void center(const T* z) {
     int64_t valid = 0;
     for (int64_t i = 0; i < n_; ++i) valid += takes_part(projector_, i);
@@ -176,7 +176,8 @@ class Term {
     std::fill(signal_side, signal_side + k * d_, T(0));
     std::vector<T> squares(n_);
     const auto rows = [&](int64_t first, int64_t) { return rest_.get() + first * d_; };
-    block_sweep(runtime_, n_, means_.get(), k, d_, rows, [&](T* block, int64_t first, int64_t count) {
+    block_sweep(runtime_, n_, means_.get(), k, d_, block_rows<T, T>(n_, k), rows,
+                [&](T* block, int64_t first, int64_t count) {
       for_rows(count, [&](int64_t i) {
         squares[first + i] = epilogues<T>().weighted_squares(block + i * k, projector_.size, k);
       });
@@ -238,14 +239,14 @@ class Term {
 }  // namespace
 
 template <typename T>
-double orthogonal(const Runtime<T>& runtime, const T* z, int64_t n, int64_t d,
+double orthogonal(const Runtime<T>& runtime, const Rows<T>& z, int64_t n, int64_t d,
                   const Projector<T>& projector, Overlap overlap, T scale, T* grad) {
   return Term<T>(runtime, z, n, d, projector, scale, grad).value(overlap);
 }
 
-template double orthogonal<float>(const Runtime<float>&, const float*, int64_t, int64_t,
+template double orthogonal<float>(const Runtime<float>&, const Rows<float>&, int64_t, int64_t,
                                   const Projector<float>&, Overlap, float, float*);
-template double orthogonal<double>(const Runtime<double>&, const double*, int64_t, int64_t,
+template double orthogonal<double>(const Runtime<double>&, const Rows<double>&, int64_t, int64_t,
                                    const Projector<double>&, Overlap, double, double*);
 
 }  // namespace fino

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "rows.h"
 #include "runtime.h"
 
 namespace fino {
@@ -28,9 +29,9 @@ enum class Overlap { explained, shared };  // role suppress, role preserve
 // cheaper of two ways: as a sweep of U over M (3 units of 2·n·k·d), or as tr(SᵀS · UᵀU) with
 // d×d matrices (at most 2 units of 2·n·d² and 2 of 2·k·d²).
 //
-// z and grad [n, d].
+// z and grad [n, d]; rows of z that take no part may hold anything.
 template <typename T>
-double orthogonal(const Runtime<T>& runtime, const T* z, int64_t n, int64_t d,
+double orthogonal(const Runtime<T>& runtime, const Rows<T>& z, int64_t n, int64_t d,
                   const Projector<T>& projector, Overlap overlap, T scale, T* grad);
 
 }  // namespace fino

@@ -1,10 +1,18 @@
-// Rows of unit length, and the way back.
+// Where the rows of a matrix come from; rows of unit length, and the way back.
 #pragma once
+
+#include <cstdint>
+#include <functional>
 
 #include "epilogues.h"
 #include "runtime.h"
 
 namespace fino {
+
+// Rows [first, first + count) of a matrix [n, d] as T: where they are, or written to `buffer`
+// [count, d].
+template <typename T>
+using Rows = std::function<const T*(int64_t first, int64_t count, T* buffer)>;
 
 constexpr double normalize_eps = 1e-12;  // x̂ = x / max(‖x‖, normalize_eps)
 

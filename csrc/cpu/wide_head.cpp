@@ -15,7 +15,7 @@ constexpr int64_t tile_columns = 2048;
 
 template <typename T, typename P>
 int64_t tile_rows(const WideHead<T, P>& head) {
-  return std::min(block_rows(head.n, tile_columns, sizeof(T)), head.n);
+  return std::min(block_rows<T, P>(head.n, tile_columns), head.n);
 }
 
 // Visits every tile of logits, all blocks of rows of some classes before the next classes:

@@ -11,7 +11,7 @@ namespace fino {
 
 template <typename T, typename P>
 struct WideHead {
-  Rows<T> rows;           // [n, d]
+  Rows<T> rows;           // [n, d], finite
   const P* bank;          // [k, d]
   const T* offset;        // [k]
   const int64_t* target;  // [n], < 0 takes no part

@@ -165,7 +165,7 @@ void check_cross_entropy(std::mt19937& generator, int64_t n, int64_t d, int64_t 
   const std::vector<P> bank_operand = operand<T, P>(bank);
   operand<T, P>(unit);
   const T smoothing = prototype ? T(0) : T(0.1), weight = T(0.25), guidance = T(-0.5);
-  std::vector<T> grad_x(n * d, T(1)), grad_bank(k * d, 0), grad_offset(k, 0);
+  std::vector<T> grad_x(n * d, T(1)), grad_bank(k * d), grad_offset(k, 0);
   fino::Head<T, P> head{};
   head.kind = prototype ? fino::HeadKind::prototype : fino::HeadKind::linear;
   head.rows = [&](int64_t first, int64_t count, T* buffer) {
@@ -290,7 +290,12 @@ void check_orthogonal(std::mt19937& generator, int64_t n, int64_t d, int64_t k, 
     return overlap == fino::Overlap::explained ? signal / total : overlap_sum / (signal * rest);
   };
   std::vector<T> grad(n * d, T(1));
-  compare(fino::orthogonal(runtime<T>, z.data(), n, d, projector, overlap, T(0.5), grad.data()),
+  const fino::Rows<T> rows = [&](int64_t, int64_t, T* buffer) {
+    if (categories) return std::as_const(z).data();  // where they are
+    std::copy(z.begin(), z.end(), buffer);
+    return static_cast<const T*>(buffer);
+  };
+  compare(fino::orthogonal(runtime<T>, rows, n, d, projector, overlap, T(0.5), grad.data()),
           expected(z));
   if (sizeof(T) < 8) return;
   for (int64_t e = 0; e < n * d; e += 1 + n * d / 7) {
