@@ -7,11 +7,11 @@ SHA-256 that the manifest names and was renamed into place, so all processes of 
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import IO
 
 from fino_fast.errors import ConfigError, DataError
 
-from .files import TEMPORARY
+from .files import FULL, TEMPORARY
 from .manifest import SealedFile, SealedShard
 from .remote import Remote
 
@@ -81,7 +81,9 @@ def fetch_small_files(source: Remote, files: Sequence[SealedFile], manifest_hash
         target = folder / sealed.name
         if target.is_file():
             continue
-        draft = folder / f"{TEMPORARY}{sealed.name}.{os.getpid()}"
+        # Others fetch it too, on other machines where the cache lies on a network.
+        writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+        draft = folder / f"{TEMPORARY}{sealed.name}.{writer}"
         try:
             file = draft.open("wb")
             _fetch(source / sealed.name, file, target, sealed.sha256, contextlib.nullcontext())
@@ -171,7 +173,7 @@ class RemoteShards:
             except DataError as error:
                 self._faults[number] = error
             except OSError as error:
-                if error.errno == errno.ENOSPC:
+                if error.errno in FULL:
                     self._has_no_room(number)
                 else:
                     log.warning("shard %s: %s", self._shards[number].name, error.strerror)

@@ -1,6 +1,5 @@
 """`fino-fast ingest`, `verify` and `inspect`: command lines, bars and summaries."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,7 @@ from fino_fast.config import CommandModel
 from fino_fast.errors import ConfigError, DataError
 
 from .declaration import Declaration
-from .engines import Engine, LocalEngine, RayEngine
+from .engines import Engine, LocalEngine, RayEngine, processors
 from .files import Location, LocationField, committed, local_copy
 from .infer import infer_schema
 from .ingest import SHARD_BYTES, Allowance, Report, Request, ingest
@@ -51,7 +50,7 @@ class Ingest(CommandModel):
     ray_address: str | None = None
     """Ray cluster to use; a local Ray is started when left out."""
     workers: int | None = Field(default=None, ge=1)
-    """Worker processes on this machine; the number of processors when left out."""
+    """Worker processes on this machine; one a processor that it may use when left out."""
     shard_of: str | None = None
     """"i/n": write only every n-th shard from the i-th on (0 ≤ i < n), for n processes without a
     cluster (a Slurm array); the last one to end seals."""
@@ -86,7 +85,7 @@ class Ingest(CommandModel):
             retry_rejects=self.retry_rejects,
             part=parse_part(self.shard_of) if self.shard_of else None,
         )
-        workers = self.workers or os.cpu_count() or 1
+        workers = self.workers or processors()
         engine: Engine = LocalEngine(workers)
         if self.engine == "ray":
             engine = RayEngine(workers, self.ray_address)

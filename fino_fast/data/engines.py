@@ -31,6 +31,13 @@ ATTEMPTS = 3
 """How often a task is tried when its worker dies."""
 
 
+def processors() -> int:
+    """Processors that this process may use; all of the machine where the system cannot say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Engine(Protocol):
     """Runs tasks somewhere."""
 

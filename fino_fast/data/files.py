@@ -56,9 +56,18 @@ LocationField = Annotated[Location, PlainValidator(location), PlainSerializer(st
 
 
 def make_folder(folder: Location) -> None:
-    """Make a folder and its parents; object stores need none, and a bucket is never made."""
+    """Make a folder and its parents; object stores need none, and a bucket is never made.
+
+    Raises:
+        DiskFullError: no room left.
+        DataError: it cannot be made.
+    """
     if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            kind = DiskFullError if error.errno in FULL else DataError
+            raise kind(f"{folder}: cannot be made a folder: {error.strerror}") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -76,7 +85,7 @@ def committed(path: Location) -> Iterator[IO[bytes]]:
 
     Raises:
         DiskFullError: no space, quota or file-size limit; the temporary file is removed.
-        DataError: a store did not take the upload.
+        DataError: the folder does not take the file, or a store the upload.
     """
     try:
         if isinstance(path, Remote):
@@ -99,14 +108,28 @@ def _renamed(path: Path) -> Iterator[IO[bytes]]:
     # The name holds host and process, so that two writers of one file never share it.
     temporary = path.with_name(f"{TEMPORARY}{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        with _naming(path):
+            file = temporary.open("wb")
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        with _naming(path):
+            temporary.replace(path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file it is that a folder does not take; a full disk is the caller's to explain."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 @contextlib.contextmanager

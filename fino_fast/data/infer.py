@@ -15,7 +15,7 @@ from fino_fast.errors import ConfigError, DataError
 from .declaration import MISSING
 from .files import committed
 from .schema import shorten
-from .table import NUMBER, column_names, is_parquet, read_table, strings
+from .table import NUMBER, column_names, is_parquet, read_table, reading, strings
 
 _DELIMITERS = ",;\t|"
 _MOST_CATEGORIES = 0.5
@@ -52,11 +52,8 @@ def _delimiter(table: Path) -> str:
     """The sign that parts the header into most columns; of equal ones the first."""
     if is_parquet(table):
         return _DELIMITERS[0]
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{table}: cannot be read as a table: {error}") from error
+    with reading(table), table.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
     return max(_DELIMITERS, key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
 
 

@@ -1,7 +1,6 @@
 """Batches of views and metadata: order, sharing among ranks, resume, evaluation."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from fino_fast.errors import ConfigError, DataError, MissingExtraError
 
 from .dali_pipeline import DaliPipeline, import_dali
+from .engines import processors
 from .files import canonical_json
 from .pipeline import Pipeline, pixel_form
 from .prefetch import Prefetch, Skipped, Work
@@ -119,7 +119,7 @@ class Loader:
         self.on_error = on_error
         self.device = torch.device(device)
         self.backend = _choose_backend(backend, self.device)
-        self._threads = threads or _processors()
+        self._threads = threads or processors()
         self._samples = shards.split(self.split)
         self._form = pixel_form(shards, self.split, views)
         self.channels = self._form.channels
@@ -347,13 +347,6 @@ class Loader:
                     self.shards, self.views, self._form, size, self._threads, self.device, counts
                 )
         return self._pipelines[training]
-
-
-def _processors() -> int:
-    """Processors that this process may use; all of the machine where the system cannot say."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _choose_backend(backend: Backend, device: torch.device) -> Literal["dali", "torch"]:

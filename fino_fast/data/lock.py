@@ -61,7 +61,11 @@ def locked(lock: Location, what: str, wait: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def _file_locked(lock: Path, what: str, wait: bool) -> Iterator[None]:
     while True:
-        with lock.open("w") as file:
+        try:
+            file = lock.open("w")
+        except OSError as error:
+            raise DataError(f"{lock}: cannot be written: {error.strerror}") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as error:

@@ -48,12 +48,7 @@ class Root:
         Raises:
             ImageRejected: it leaves the root, does not exist, or is no file.
         """
-        _check_path(path)
-        folder, _, name = path.rpartition("/")
-        real_folder = self._real_folder(folder)
-        if real_folder is None:
-            raise ImageRejected("path_escape", f"{folder!r} leads out of the image folder")
-        full = f"{real_folder}/{name}"
+        full = self._place(path)
         try:
             found = os.lstat(full)
             if stat.S_ISLNK(found.st_mode):
@@ -62,7 +57,7 @@ class Root:
                     raise ImageRejected("path_escape", "a symbolic link out of the image folder")
                 found = os.lstat(full)
         except OSError as error:
-            raise _rejection(error, path, real_folder, name) from error
+            raise _rejection(error, path, full) from error
         if not stat.S_ISREG(found.st_mode):
             raise ImageRejected("not_a_file", "is no regular file")
         return Source(full, found.st_size, found.st_mtime_ns)
@@ -73,19 +68,45 @@ class Root:
         Raises:
             ImageRejected: it cannot be read, or is not what was planned.
         """
-        source = self.find(path)
+        full = self._place(path)
         try:
-            # The path was resolved above: a link here was put in between.
-            descriptor = os.open(source.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = self._open(path, full)
             try:
                 state = os.fstat(descriptor)
+                if not stat.S_ISREG(state.st_mode):
+                    raise ImageRejected("not_a_file", "is no regular file")
                 data = _read_all(descriptor, size + 1)
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise _rejection(error, path, "", "") from error
+            raise _rejection(error, path, full) from error
         _check_unchanged((size, mtime_ns), (state.st_size, state.st_mtime_ns), data)
         return data
+
+    def _open(self, path: str, full: str) -> int:
+        """Open a file, or what a link inside the root leads to."""
+        # What is no file, a pipe say, must not make the opening wait.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            return os.open(full, flags)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+        # A link there was put in between, after it was followed and looked at.
+        return os.open(self.find(path).path, flags)
+
+    def _place(self, path: str) -> str:
+        """A table's path below the real path of its folder.
+
+        Raises:
+            ImageRejected: it leaves the root.
+        """
+        _check_path(path)
+        folder, _, name = path.rpartition("/")
+        real_folder = self._real_folder(folder)
+        if real_folder is None:
+            raise ImageRejected("path_escape", f"{folder!r} leads out of the image folder")
+        return f"{real_folder}/{name}"
 
     def reads(self, sources: Sequence[Source]) -> Iterator[Callable[[], bytes]]:
         """For each planned file, what gives its content when called (see `read`)."""
@@ -201,9 +222,10 @@ def _check_unchanged(planned: tuple[int, int], found: tuple[int, int], data: byt
         )
 
 
-def _rejection(error: OSError, path: str, folder: str, name: str) -> ImageRejected:
+def _rejection(error: OSError, path: str, full: str) -> ImageRejected:
     if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
         return ImageRejected("unreadable", f"{error.strerror}")
+    folder, _, name = full.rpartition("/")
     return _missing(path, name, lambda other: os.path.lexists(f"{folder}/{other}"))
 
 

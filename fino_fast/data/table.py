@@ -71,7 +71,7 @@ def table_chunks(path: Path, columns: list[str], delimiter: str = ",") -> Iterat
         ConfigError: a column is not there, or stands there twice.
     """
     _check_columns(path, column_names(path, delimiter), columns)
-    with _reading(path), contextlib.ExitStack() as stack:
+    with reading(path), contextlib.ExitStack() as stack:
         if is_parquet(path):
             file = stack.enter_context(pq.ParquetFile(path))
             batches = file.iter_batches(_CHUNK_ROWS, columns=columns)
@@ -100,7 +100,7 @@ def column_names(path: Path, delimiter: str = ",") -> list[str]:
     Raises:
         DataError: the file cannot be read or is not what its name says.
     """
-    with _reading(path):
+    with reading(path):
         if is_parquet(path):
             return list(pq.read_schema(path).names)
         with pyarrow.csv.open_csv(path, parse_options=_csv(delimiter)) as reader:
@@ -116,13 +116,17 @@ def _csv(delimiter: str) -> pyarrow.csv.ParseOptions:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what Arrow raises on bad files into errors that name the file."""
+def reading(path: Path) -> Iterator[None]:
+    """Turn what is raised on bad files into errors that name the file."""
     try:
         yield
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        if isinstance(error, UnicodeDecodeError) or "invalid UTF8" in str(error):
+            raise DataError(
+                f"{path}: is not UTF-8 ({error}); save it as UTF-8, from Excel as “CSV UTF-8”"
+            ) from error
         hint = "" if is_parquet(path) else "; is table.delimiter in the schema right?"
         raise DataError(f"{path}: cannot be read as a table: {error}{hint}") from error
 

@@ -176,7 +176,10 @@ def check_same(saved: dict[str, Any], config: TrainConfig) -> None:
     Raises:
         ConfigError: a setting that changes what is computed differs; the message names each.
     """
-    before = flatten(saved)
+    # A setting that came later than the run has the default that keeps to what was done before it.
+    before = flatten(
+        TrainConfig.checked(saved, "the configuration of the run").model_dump(mode="json")
+    )
     now = flatten(config.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key, 'absent')} → {now.get(key, 'absent')}"

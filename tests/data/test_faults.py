@@ -311,6 +311,11 @@ def test_exit_codes_and_silence_in_a_pipe(lab: Lab) -> None:
     done = subprocess.run(checker, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "shard-0000-00000" in done.stderr
+    done = subprocess.run(
+        command(lab, "--out", str(lab.table)), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "table.csv: cannot be made a folder: File exists" in done.stderr
     lab.rows[0]["file"] = "absent.png"
     lab.save()
     done = subprocess.run(

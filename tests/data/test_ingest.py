@@ -14,6 +14,8 @@ import pytest
 from fino_fast.data import ShardSet
 from fino_fast.data.engines import LocalEngine
 from fino_fast.data.ingest import Allowance, ingest
+from fino_fast.data.sources import Root
+from fino_fast.data.stored import ImageRejected
 from fino_fast.data.verify import verify
 from fino_fast.errors import ConfigError, DataError, TooManyRejectsError
 
@@ -368,3 +370,12 @@ def test_pieces_of_table_and_shuffle_make_no_difference_to_the_plan(
     lab.rows[50]["camera"], lab.rows[3]["exposure"] = "other", "1.5"
     with pytest.raises(DataError, match=r"differs .* in 2 cells.*\n(.|\n)*id 's0050': camera was"):
         lab.ingest(out=tmp_path / "again")
+
+
+def test_a_pipe_put_in_the_place_of_a_planned_file_is_rejected_at_once(lab: Lab) -> None:
+    root, path = Root(lab.images), lab.rows[0]["file"]
+    planned = root.find(path)
+    (lab.images / path).unlink()
+    os.mkfifo(lab.images / path)
+    with pytest.raises(ImageRejected, match="not_a_file"):
+        root.read(path, planned.size, planned.mtime_ns)

@@ -248,7 +248,7 @@ def test_csv_cells_are_not_guessed(tmp_path: Path) -> None:
         (b"id;missing\n1;2\n", ConfigError, "set table.delimiter"),
         (b"missing,missing\n1,2\n", ConfigError, "more than once"),
         (b"missing,c\n1,2,3\n", DataError, "cannot be read as a table"),
-        (b"missing\n\xff\xfe\n", DataError, "cannot be read as a table"),
+        (b"missing\n\xff\xfe\n", DataError, "is not UTF-8"),
         (b"", DataError, "cannot be read as a table"),
     ],
 )
@@ -273,3 +273,11 @@ def test_a_csv_that_calls_itself_parquet(tmp_path: Path) -> None:
 def test_wide_ints_keep_their_value() -> None:
     rows = parse(declare(c=CAMERA), c=np.array([2**53 + 1, 5]).tolist())
     assert rows.raw["c"].to_pylist() == ["9007199254740993", "5"]
+
+
+@pytest.mark.parametrize("text", ["id,µm\n1,2\n", "id,c\n1,µm\n"])
+def test_a_table_of_another_encoding_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "from-excel.csv"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=r"from-excel\.csv: is not UTF-8"):
+        read_table(path, text.splitlines()[0].split(","))

@@ -26,6 +26,7 @@ from fino_fast.train import TrainingInterrupted, train
 from fino_fast.train.backbone import build_backbone
 from fino_fast.train.checkpoint import checkpoints, load_backbone, path_of
 from fino_fast.train.claim import claimed
+from fino_fast.train.config import check_same
 from fino_fast.train.learner import DivergedError, Learner
 from fino_fast.train.world import World
 
@@ -362,6 +363,15 @@ def test_a_resumed_run_keeps_its_configuration(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         train(run_config(shards, started_run, **changes), resume=True)
+
+
+def test_a_run_begun_before_a_setting_existed_has_its_default(shards: Path, tmp_path: Path) -> None:
+    saved = run_config(shards, tmp_path).model_dump(mode="json")
+    del saved["groups"]
+    check_same(saved, run_config(shards, tmp_path))
+    grouped = run_config(shards, tmp_path, groups={"factor": "camera", "size": 2})
+    with pytest.raises(ConfigError, match=r"changed: groups: None → absent; groups\.f"):
+        check_same(saved, grouped)
 
 
 def test_harmless_changes_and_a_moved_run(
