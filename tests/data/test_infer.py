@@ -77,7 +77,7 @@ def test_what_cannot_be_inferred(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no column 'nr'"):
         infer_schema(table, "nr", "path", target)
     table.write_bytes(b"\xff\xfe,\n")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is not UTF-8"):
         infer_schema(table, "id", "path", target)
     target.write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError, match="exists already"):
