@@ -14,7 +14,7 @@ Switches (environment variables):
     └── FORCE_CUDA = 0 (default) | 1
         │   0: build them where nvcc and a CUDA build of torch are found, GPU or not
         │   1: it is an error where they cannot be built
-        └── TORCH_CUDA_ARCH_LIST   chips, as in PyTorch (default: "8.0;9.0;10.0")
+        └── TORCH_CUDA_ARCH_LIST   chips, as in PyTorch (default: "8.0;9.0;10.0+PTX")
 
 The kernels in csrc/cpu are free of torch and compiled once per instruction-set level into one
 binary; the level is chosen at run time (csrc/cpu/capability.cpp), so a wheel built here runs on
@@ -32,6 +32,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 SWITCH = os.environ.get("FINO_BUILD", "auto")
+CHIPS = "8.0;9.0;10.0+PTX"  # PTX: chips that come later run too
 
 # Level name → compiler flags. Each level is a separate object with its own C++ namespace.
 X86_LEVELS = {
@@ -94,7 +95,7 @@ def wants_cuda() -> bool:
 def cuda_chips() -> list[str]:
     """nvcc's options for the chips of TORCH_CUDA_ARCH_LIST; +PTX adds code for later chips."""
     options = []
-    for chip in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0").replace(" ", ";").split(";"):
+    for chip in os.environ.get("TORCH_CUDA_ARCH_LIST", CHIPS).replace(" ", ";").split(";"):
         number = chip.removesuffix("+PTX").replace(".", "")
         if not number[:-1].isdigit():
             sys.exit(f"setup.py: TORCH_CUDA_ARCH_LIST: expected chips like 9.0, found {chip!r}")

@@ -15,6 +15,8 @@ from torch import Tensor
 _FILES = sorted(Path(__file__).parent.glob("_cuda.*"))
 AVAILABLE = bool(_FILES)  # a constant, so that torch.compile need not look at the disk
 
+NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
+
 
 @cache
 def _library() -> ctypes.CDLL:
@@ -35,7 +37,13 @@ def _call(name: str, device: torch.device, *arguments: Any) -> None:
     else:
         error = getattr(_library(), name)(*converted, None)
     if error:
-        raise RuntimeError(f"{name}: CUDA error {error} at the launch")
+        describe = _library().fino_error_string
+        describe.restype = ctypes.c_char_p
+        advice = ""
+        if error == NO_KERNEL_IMAGE:
+            major, minor = torch.cuda.get_device_capability(device)
+            advice = f"; build fino-fast with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        raise RuntimeError(f"{name}: CUDA error {error}, {describe(error).decode()}{advice}")
 
 
 def _converted(value: Any) -> Any:

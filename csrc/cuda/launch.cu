@@ -22,3 +22,5 @@ int launch(void (*kernel)(Arguments), unsigned grid_x, unsigned grid_y, unsigned
 }  // namespace
 
 #include "launchers.h"
+
+const char* fino_error_string(int error) { return cudaGetErrorString(cudaError_t(error)); }

@@ -9,6 +9,9 @@
 
 extern "C" {
 
+// What the runtime says of an error, for people.
+const char* fino_error_string(int error);
+
 // A metadata factor and its group statistics; see group_statistics.cuh.
 struct FinoFactor {
   const int64_t* order;   // [count], sorts the rows by label

@@ -194,11 +194,23 @@ def test_operator() -> None:
     )
 
 
-def test_a_refused_launch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(2, "CUDA error 2, because"), (209, r"because; build .* TORCH_CUDA_ARCH_LIST=12\.0")],
+)
+def test_a_refused_launch_is_an_error(
+    code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Refusing:
         def fino_group_statistics(self, *arguments: object) -> int:
-            return 2
+            return code
 
+    def because(error: int) -> bytes:
+        assert error == code
+        return b"because"
+
+    Refusing.fino_error_string = staticmethod(because)
     monkeypatch.setattr(cuda, "_library", Refusing)
-    with pytest.raises(RuntimeError, match="fino_group_statistics: CUDA error 2"):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    with pytest.raises(RuntimeError, match=f"fino_group_statistics: .*{said}"):
         statistics(rows(3, 2), [categories(3, 2)], [2])
