@@ -3,10 +3,12 @@ exactly, or rejected with a code. Bad bytes give nothing but `ImageRejected`."""
 
 import contextlib
 import io
+import re
 import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 from typing import Any
 
 import imagecodecs
@@ -21,6 +23,7 @@ from PIL import Image, ImageOps
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
+from fino_fast import data as package
 from fino_fast.data.declaration import ImagesDeclaration
 from fino_fast.data.images import decode, prepare
 from fino_fast.data.stored import ImageRejected, Stored
@@ -329,6 +332,18 @@ def test_what_is_no_image() -> None:
     cmyk = io.BytesIO()
     Image.new("CMYK", (8, 8)).save(cmyk, "JPEG")
     assert rejection(cmyk.getvalue()) == "unsupported_color"
+
+
+def test_every_code_of_a_rejection_is_documented() -> None:
+    root = Path(__file__).parents[2]
+    codes = {
+        code
+        for source in Path(package.__file__).parent.glob("*.py")
+        for code in re.findall(r'ImageRejected\(\s*"(\w+)"', source.read_text(encoding="utf-8"))
+    }
+    text = (root / "docs" / "data.md").read_text(encoding="utf-8")
+    assert len(codes) > 15
+    assert [code for code in codes if f"`{code}`" not in text] == []
 
 
 def bomb(side: int) -> bytes:
