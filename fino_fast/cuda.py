@@ -140,6 +140,7 @@ def group_statistics(
         every factor). fp32 where nothing else is said.
     """
     z, order, labels = z.contiguous(), order.contiguous(), labels.contiguous()
+    basis = [q.contiguous() for q in basis]
     results = _statistics_like(z, order, groups, want_rest)
     means, sizes, group, mean, squares, rest = results
     _call(
@@ -245,7 +246,7 @@ def overlap_shares(
     Returns:
         (R [F]; coefficients of the gradient [F, 3] fp64; ‖S‖² and ‖U‖² by group [2, ΣG]).
     """
-    numerator = [parts.contiguous() for parts in numerator]
+    squares, numerator = squares.contiguous(), [parts.contiguous() for parts in numerator]
     results = _shares_like(squares, groups)
     shares, coefficients, sums = results
     table = _table(
@@ -305,9 +306,12 @@ def overlap_gradient(
     Returns:
         [N, D], in the dtype of z.
     """
-    z, scale = z.contiguous(), scale.contiguous()
-    rest_side, signal_side = (
-        [matrix.contiguous() for matrix in matrices] for matrices in (rest_side, signal_side)
+    z, scale, means, group, mean, coefficients = (
+        tensor.contiguous() for tensor in (z, scale, means, group, mean, coefficients)
+    )
+    basis, rest, rest_side, signal_side = (
+        [matrix.contiguous() for matrix in matrices]
+        for matrices in (basis, rest, rest_side, signal_side)
     )
     out = torch.empty_like(z)
     table = _table(

@@ -18,10 +18,15 @@ def library(on_host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_library", lambda: on_host)
 
 
+def turned(matrix: Tensor) -> Tensor:
+    """The same with neighbouring rows side by side in memory."""
+    return matrix.T.contiguous().T
+
+
 def statistics(z: Tensor, designs: list[Tensor], groups: list[int]) -> Statistics:
     order, labels = sorted_labels(designs)
     basis = [
-        NOTHING if design.dim() == 1 else orthonormal_design(design, ~missing(design))
+        NOTHING if design.dim() == 1 else turned(orthonormal_design(design, ~missing(design)))
         for design in designs
     ]
     return cuda.group_statistics(z, order, labels, basis, groups, [True] * len(designs))
@@ -136,7 +141,7 @@ def test_the_order_of_threads_and_strides_changes_no_bit(on_host: ctypes.CDLL) -
     z, designs, groups = rows(50, 40), [categories(50, 5), continuous(50, 2)], [5, 2]
     first = statistics(z, designs, groups)
     run_from_the_last_thread(on_host, True)
-    again = statistics(z.T.contiguous().T, designs, groups)
+    again = statistics(turned(z), designs, groups)
     run_from_the_last_thread(on_host, False)
     for found, expected in zip((*again[:5], *again[5]), (*first[:5], *first[5]), strict=True):
         assert torch.equal(found, expected)

@@ -172,7 +172,7 @@ def test_operators(form: int) -> None:
 def test_operators_of_the_parts() -> None:
     z, designs = rows(6, 3), [categories(6, 3), continuous(6, 2)]
     order, ordered = sorted_labels(designs)
-    basis = [torch.empty(0, dtype=torch.float64), torch.rand(6, 2, dtype=torch.float64)]
+    basis = [torch.empty(0, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64).T]
     groups = [3, 2]
     means, sizes, group, mean, squares, rest = cuda.group_statistics(
         z, order, ordered, basis, groups, [True, False]
@@ -183,13 +183,18 @@ def test_operators_of_the_parts() -> None:
     torch.library.opcheck(cuda.overlap_shares, (squares, groups, [parts, nothing.double()]))
     _, coefficients, sums = cuda.overlap_shares(squares, groups, [parts, nothing.double()])
     torch.testing.assert_close(sums, squares.sum(1))
-    torch.library.opcheck(
-        cuda.overlap_gradient,
-        (
-            torch.ones(2), z, means, group, mean, coefficients, basis, groups, rest,
-            [a @ means[:3], nothing], [a.T @ rest[0], nothing],
-        ),
+    arguments = (
+        torch.ones(2), z, means, group, mean, coefficients, basis, groups, rest,
+        [a @ means[:3], nothing], [a.T @ rest[0], nothing],
     )  # fmt: skip
+    torch.library.opcheck(cuda.overlap_gradient, arguments)
+    turned = [
+        [t.T.contiguous().T if t.dim() == 2 else t for t in argument]
+        if isinstance(argument, list) and isinstance(argument[0], Tensor)
+        else argument
+        for argument in arguments
+    ]
+    assert torch.equal(cuda.overlap_gradient(*turned), cuda.overlap_gradient(*arguments))
 
 
 class Mixed(Eager):
