@@ -16,56 +16,67 @@ import torch
 from torch import Tensor
 
 from .aot import SHARED_LIMIT, Compiled, compile_launch, record
-from .contrastive_backward import contrastive_backward
-from .contrastive_forward import contrastive_forward
-from .heads import Heads, Upstream, heads_gradient, heads_loss
+from .backward import Upstream, backward
+from .bank import Bank, Batch
+from .epilogues import PAIRS, PROTOTYPE, TANH
+from .forward import forward, kept_groups
 from .launch import Launch
+from .operands import sum_dtype
 from .page import write_between
+from .table import Kept
 from .tiles import TILES, Tiles, forced
 
 CAPABILITIES = tuple(SHARED_LIMIT)
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-ROWS, CLASSES = 4096, 10_000
+ROWS, CLASSES, VIEWS = 4096, 10_000, 2
 # Of embedding and projection: what is usual, and what no load of 16 bytes fits.
 WIDTHS = ((768, 256), (769, 1))
+HEADS = 2
 
 
-def launches(dtype: torch.dtype, tiles: Tiles, widths: tuple[int, int]) -> list[Launch]:
-    """One launch of every kernel and compile-time variant, for rows of two widths."""
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
+def launches(
+    dtype: torch.dtype, tiles: Tiles, widths: tuple[int, int], heads: int = HEADS
+) -> list[Launch]:
+    """The launches of a step with banks of every kind, forward and backward.
+
+    Args:
+        dtype: of the rows.
+        tiles: of the chip.
+        widths: of embedding and projection.
+        heads: how many.
+    """
+    sums = sum_dtype(dtype)
 
     def tensor(*size: int, of: torch.dtype = sums) -> Tensor:
         return torch.empty(size, dtype=of, device="meta")
 
-    x, p = (tensor(ROWS, width, of=dtype) for width in widths)
-    one, lse = tensor(), tensor(ROWS)
-    kind = list(range(5))
-    sizes = [CLASSES, CLASSES, 2, 2, 2]
-    target = [tensor(ROWS, of=torch.int64)] * 2 + [tensor(ROWS, 2)] * 3
+    z, p = (tensor(ROWS, width, of=dtype) for width in widths)
+    one, labels, none = tensor(), tensor(ROWS, of=torch.int64), tensor(0, of=torch.int64)
 
-    def table(heads: list[int]) -> Heads:
-        return Heads(
-            [x] * len(heads),
-            [tensor(sizes[f], widths[0]) for f in heads],
-            [tensor(sizes[f]) for f in heads],
-            [target[f] for f in heads],
-            [one] * len(heads),
-            [tensor(sizes[f], of=torch.int64) for f in heads],
-            [kind[f] for f in heads],
-            [0.1 if f == 0 else 0.0 for f in heads],
-        )
+    def bank(kind: int, space: int, x: Tensor, vectors: Tensor) -> Bank:
+        classes = vectors.shape[0]
+        target = labels if kind <= PROTOTYPE.value else tensor(ROWS, classes)
+        return Bank(
+            kind, space, x, vectors, tensor(classes), target, one, tensor(classes, of=torch.int64),
+            0.1 if kind == 0 else 0.0, 0.03, one,
+        )  # fmt: skip
 
-    trained = [0, 2, 3, 4]
+    kinds = [f % (TANH.value + 1) for f in range(heads)]
+    banks = [bank(k, 0, z, tensor(2 if k > PROTOTYPE.value else CLASSES, widths[0])) for k in kinds]
+    batch = Batch(VIEWS, 0, False)
+    banks.append(Bank(PAIRS.value, 1, p, p, one, none, one, none, 0.0, 1.0, one, batch))
     with forced(tiles), record() as recorded:
-        _, _, lses, kept = heads_loss(table(kind), [f == 1 for f in kind])
-        upstream = Upstream(tensor(5), [one] * 5, [0] * 5, lses, kept)
-        heads_gradient(upstream, [x], table(trained), trained, True, True)
-        contrastive_forward(p, p, one, 2, 0, False)
-        contrastive_backward(one, p, p, one, lse, lse, 2, 0, False)
-    different = {
-        (entry.kernel.__name__, entry.constants.get("UPSTREAM")): entry for entry in recorded
-    }
-    return list(different.values())
+        groups = kept_groups([b.kind for b in banks], [b.space for b in banks], False, True)
+        result = forward(banks, groups, False)
+        swept = [f for f, b in enumerate(banks) if b.kind != PROTOTYPE.value]
+        backward(
+            [banks[f] for f in swept],
+            [Upstream(one, result.lse[f], result.lse[f], True) for f in swept],
+            [z, p],
+            [Kept(gradient, 0, one, one) for gradient in result.kept],
+            True,
+        )
+    return recorded
 
 
 def compiled(
@@ -76,7 +87,7 @@ def compiled(
     for name in dtypes:
         dtype = getattr(torch, name)
         for capability in capabilities:
-            tiles = TILES[capability // 10, dtype.itemsize]
+            tiles = TILES[capability // 10, dtype]
             for widths in WIDTHS:
                 for launch in launches(dtype, tiles, widths):
                     results.append((name, launch, compile_launch(launch, capability)))

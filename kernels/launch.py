@@ -22,7 +22,7 @@ class Launch:
         kernel: the `triton.jit` function.
         programs: size of the grid.
         device: where it runs.
-        arguments: run-time arguments by name; tuples are tables with one entry a bank.
+        arguments: run-time arguments by name.
         constants: compile-time arguments by name.
         compiler: warps and stages.
     """
@@ -85,14 +85,20 @@ def input_precision(x: Tensor) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def element_type(dtype: torch.dtype) -> Any:
+    """Triton's name of `dtype`."""
+    return getattr(triton.language, str(dtype).removeprefix("torch."))
+
+
 def sum_type(dtype: torch.dtype) -> Any:
     """Triton's name of the dtype of sums over numbers of `dtype`."""
-    return triton.language.float64 if dtype == torch.float64 else triton.language.float32
+    return element_type(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def sweep_constants(x: Tensor, tiles: Tiles, gradient: bool = False) -> dict[str, Any]:
     """The compile-time arguments that sweeps over rows like `x` take; more for a `gradient`."""
     constants = {
+        "TYPE": element_type(x.dtype),
         "SUM": sum_type(x.dtype),
         "ROWS": tiles.rows if gradient else tiles.sweep_rows,
         "COLUMNS": tiles.columns,

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from triton import cdiv
 
 from .page import write_between
@@ -83,12 +84,28 @@ def copied(entries: int, itemsize: tuple[int, int]) -> Cost:
     return Cost(0, moved, entries * sum(itemsize))
 
 
+def rows_read(entries: int, itemsize: int) -> Cost:
+    """Entries whose norms are taken, by `operands`."""
+    return Cost(0, entries * itemsize, entries * itemsize)
+
+
+def combined(entries: int, parts: int, sums: int, itemsize: int) -> Cost:
+    """Entries of a gradient that `combine` adds from its parts and writes in its own dtype."""
+    moved = entries * (parts * sums + itemsize)
+    return Cost(0, moved, moved)
+
+
 def contrastive_cost(n: int, m: int, width: int, itemsize: int, tiles: Tiles) -> Cost:
     """Forward and backward of N local rows against M columns."""
+    sums = max(4, itemsize)
+    # Both passes take the norms of the rows and copy the columns.
+    operands = rows_read(n * width, itemsize) + copied(m * width, (itemsize, itemsize))
     return (
-        sweep(n, m, width, (tiles.sweep_rows, tiles.columns), itemsize, tiles.depth)
-        + gradient_sweep(n, m, width, (tiles.rows, tiles.columns), itemsize, tiles, itemsize)
-        + copied(m * width, (itemsize, itemsize))
+        operands
+        + sweep(n, m, width, (tiles.sweep_rows, tiles.columns), itemsize, tiles.depth)
+        + operands
+        + gradient_sweep(n, m, width, (tiles.rows, tiles.columns), itemsize, tiles, sums)
+        + combined(n * width, 1, sums, itemsize)
     )
 
 
@@ -105,15 +122,18 @@ def head_cost(
         copied(classes * depth, (itemsize[1], size))
         + sweep(n, classes, depth, (tiles.sweep_rows, tiles.columns), size, tiles.depth)
         + gradient_sweep(n, classes, depth, (tiles.rows, tiles.columns), size, tiles, sums)
+        + combined(n * depth, 1, sums, size)
     )
     if not trained:
-        return cost
-    back = (tiles.columns, tiles.rows)
+        # The norms of the rows.
+        return cost + rows_read(n * depth, size)
+    back = (tiles.columns, tiles.columns)
     # Backward the bank is converted again.
     return (
         cost
         + copied(classes * depth, (itemsize[1], size))
         + gradient_sweep(classes, n, depth, back, size, tiles, sums)
+        + combined(classes * depth, 1, sums, itemsize[1])
     )
 
 
@@ -163,7 +183,7 @@ def table() -> str:
     for images in BATCHES:
         rows = VIEWS * images
         for chip in CHIPS:
-            tiles = TILES[chip.major, BF16]
+            tiles = TILES[chip.major, torch.bfloat16]
             costs = (
                 contrastive_cost(rows, rows, PROJECTION, BF16, tiles),
                 head_cost(rows, DEPTH, CLASSES, (BF16, FP32), tiles, trained=True),

@@ -12,35 +12,21 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-1.0e38)  # a masked logit; finite, so that no difference is NaN
 CLAMPED = tl.constexpr(0.99e12)  # an inverse norm above it stands for a norm below 1e-12
-FINISH = tl.constexpr(64)  # columns of a finished gradient that are written at a time
+FINISH = tl.constexpr(32)  # columns of a finished gradient that are written at a time
 HALF_MAX = tl.constexpr(65504.0)
 HALF_GAIN = tl.constexpr(1024.0)
 
 
 @triton.jit
-def pick(table, index):
-    """Entry `index` of a tuple of scalars or of pointers of one type."""
-    chosen = table[0]
-    for i in tl.static_range(1, len(table)):
-        chosen = tl.where(index == i, table[i], chosen)
-    return chosen
-
-
-@triton.jit
-def find(first_program, program):
-    """Index of the bank that `program` works on; `first_program` ascends from 0."""
-    index = 0
-    for i in tl.static_range(1, len(first_program)):
-        index += (program >= first_program[i]).to(tl.int32)
-    return index
-
-
-@triton.jit
 def load_tile(matrix, stride, rows, row_ok, first, depth, SIZE: tl.constexpr):
-    """[R, SIZE] tile of a row-major matrix from column `first` on; 0 beyond its borders."""
+    """[R, SIZE] tile of a row-major matrix from column `first` on; 0 beyond its borders.
+
+    Its rows, and its `depth` columns, begin and end at multiples of 16 bytes.
+    """
     k = first + tl.arange(0, SIZE)
-    offsets = rows[:, None] * stride + k[None, :]
-    return tl.load(matrix + offsets, mask=row_ok[:, None] & (k < depth)[None, :], other=0.0)
+    # A hint on the tile: the compiler knows nothing of an address that comes from a table.
+    at = tl.multiple_of(matrix + (rows[:, None] * stride + k[None, :]), (1, 16))
+    return tl.load(at, mask=row_ok[:, None] & (k < depth)[None, :], other=0.0)
 
 
 @triton.jit
@@ -123,4 +109,34 @@ def accumulate(
             )
             total = product(left, right.to(TYPE), total, PRECISION, WIDEN)
         tl.store(at, total)
+    tl.debug_barrier()
+
+
+@triton.jit
+def finish(
+    scratch, scale, x, x_stride, projected, off, outer, outer_ok, out, depth, started,
+    SUM: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, PROJECT: tl.constexpr,
+):  # fmt: skip
+    """out (+)= scale · scratch − off · x, in rows of `depth` columns.
+
+    Args:
+        scratch: as `accumulate` left it.
+        scale: [A].
+        x: with PROJECT: subtracted where `projected`, times off, [A].
+        outer: [A] the vectors' numbers in x and out.
+        started: 1 where `out` holds a sum already.
+    """
+    local = tl.arange(0, A)
+    stride = tl.cdiv(depth, WIDTH) * WIDTH
+    for first in range(0, depth, FINISH):
+        k = first + tl.arange(0, FINISH)
+        ok = outer_ok[:, None] & (k < depth)[None, :]
+        total = tl.load(scratch + local[:, None] * stride + k[None, :], mask=ok, other=0.0)
+        total *= scale[:, None]
+        if PROJECT:
+            row = load_tile(x, x_stride, outer, projected, first, depth, FINISH).to(SUM)
+            total -= row * off[:, None]
+        at = out + outer[:, None] * depth + k[None, :]
+        tl.store(at, total + tl.load(at, mask=ok & (started > 0), other=0.0), mask=ok)
+    # The next tile of this program writes to `scratch` again.
     tl.debug_barrier()

@@ -53,17 +53,20 @@ class Tiles:
             raise ValueError(f"a chunk holds whole tiles and steps, found {self}")
 
 
-# (compute capability major, bytes of the input dtype) → tiles.
+# (compute capability major, dtype of the rows) → tiles.
 TILES = {
-    (8, 2): Tiles(128, 64, 64, 32, 64, 512, Compiler(8, 3)),
-    (8, 4): Tiles(64, 32, 32, 32, 32, 256, Compiler(8, 2)),
-    (8, 8): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
-    (9, 2): Tiles(128, 128, 64, 64, 64, 512, Compiler(8, 3)),
-    (9, 4): Tiles(64, 32, 32, 16, 32, 256, Compiler(8, 2)),
-    (9, 8): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
-    (10, 2): Tiles(128, 64, 64, 64, 64, 512, Compiler(8, 3)),
-    (10, 4): Tiles(64, 32, 32, 16, 32, 256, Compiler(8, 2)),
-    (10, 8): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
+    (8, torch.bfloat16): Tiles(64, 64, 64, 32, 64, 512, Compiler(8, 3)),
+    (8, torch.float16): Tiles(64, 64, 64, 32, 64, 512, Compiler(8, 3)),
+    (8, torch.float32): Tiles(64, 32, 32, 32, 32, 256, Compiler(8, 2)),
+    (8, torch.float64): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
+    (9, torch.bfloat16): Tiles(128, 128, 64, 64, 64, 512, Compiler(8, 3)),
+    (9, torch.float16): Tiles(128, 64, 64, 64, 64, 512, Compiler(8, 3)),
+    (9, torch.float32): Tiles(64, 32, 32, 16, 32, 256, Compiler(8, 2)),
+    (9, torch.float64): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
+    (10, torch.bfloat16): Tiles(128, 64, 64, 64, 64, 512, Compiler(8, 3)),
+    (10, torch.float16): Tiles(128, 64, 64, 64, 64, 512, Compiler(8, 3)),
+    (10, torch.float32): Tiles(64, 32, 32, 16, 32, 256, Compiler(8, 2)),
+    (10, torch.float64): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
 }
 # Programs among which the tiles of a gradient are shared out: each has room for the coefficients of
 # one chunk, so this bounds their memory.
@@ -93,4 +96,4 @@ def tiles_for(x: Tensor) -> Tiles:
         return INTERPRETER_TILES
     major, _ = torch.cuda.get_device_capability(x.device)
     known = [architecture for architecture, _ in TILES if architecture <= major]
-    return TILES[max(known, default=8), x.element_size()]
+    return TILES[max(known, default=8), x.dtype]

@@ -49,5 +49,32 @@ def quick_interpreter() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def rounding_interpreter() -> Iterator[None]:
+    """fp32 to bf16 by rounding to nearest, ties to even, as a GPU and PyTorch do.
+
+    The interpreter cuts the bits off, which doubles the error of every such conversion.
+    """
+    if not triton.knobs.runtime.interpret:
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    language = importlib.import_module("triton.language")
+    convert = interpreter._convert_float
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) == (language.float32, language.bfloat16):
+            values = torch.from_numpy(data.astype("float32")).bfloat16()
+            return values.view(torch.int16).numpy().view("uint16")
+        if (source, target) == (language.bfloat16, language.float32):
+            values = torch.from_numpy(data.view("int16").copy()).view(torch.bfloat16)
+            return values.float().view(torch.int32).numpy().view("uint32")
+        return convert(data, source, target, mode)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_convert_float", rounded)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _poisoned(poisoned: None) -> None: ...

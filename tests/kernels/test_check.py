@@ -8,20 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from fino_fast.kernels.aot import SHARED_LIMIT, Compiled
-from fino_fast.kernels.check import WIDTHS, faults, launches
+from fino_fast.kernels.check import HEADS, WIDTHS, faults, launches
 from fino_fast.kernels.launch import Launch
 from fino_fast.kernels.tiles import TILES
+from kernel_case import described
 
-NAMES = {
-    "contrastive_backward",
-    "contrastive_forward",
-    "heads_banks",
-    "heads_combine",
-    "heads_rows",
-    "heads_sweep",
-    "operands",
-    "row_sum",
-}
+NAMES = {"banks", "combine", "operands", "rows", "sweep"}
 
 
 def run_check(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +34,7 @@ def test_every_kernel_compiles_for_an_h100_within_its_limits() -> None:
     assert {row[0].strip() for row in rows} == NAMES
     for row in rows:
         assert row[2].strip() == "sm_90"
-        if row[0].strip() not in ("operands", "heads_combine", "row_sum"):
+        if row[0].strip() not in ("operands", "combine"):
             assert "wgmma" in row[6]
 
 
@@ -50,34 +42,27 @@ def test_every_kernel_compiles_for_an_h100_within_its_limits() -> None:
 def test_there_are_tiles_for_every_dtype(capability: int) -> None:
     for dtype in (torch.float16, torch.float32, torch.float64):
         for widths in WIDTHS:
-            found = launches(dtype, TILES[capability // 10, dtype.itemsize], widths)
+            found = launches(dtype, TILES[capability // 10, dtype], widths)
             assert {launch.kernel.__name__.removesuffix("_kernel") for launch in found} == NAMES
 
 
 def test_no_sweep_sees_rows_that_do_not_begin_at_16_bytes() -> None:
     (_, odd) = WIDTHS
-    for launch in launches(torch.bfloat16, TILES[9, 2], odd):
-        strides = [
-            stride
-            for name in ("x_stride", "bank_stride", "row_stride", "column_stride", "unit_stride")
-            for stride in _as_tuple(launch.arguments.get(name, ()))
-        ]
+    forward, *_ = launches(torch.bfloat16, TILES[9, torch.bfloat16], odd)
+    for name in ("x_stride", "bank_stride", "depth"):
+        strides = described(forward, HEADS + 1, name)
+        assert strides
         assert all(stride % 16 == 0 for stride in strides)
-        assert strides or "COLUMNS" not in launch.constants
-
-
-def _as_tuple(value: object) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def test_faults_are_named() -> None:
-    sound = Compiled("heads_sweep_kernel", 90, 200, 0, 1024, ("wgmma.mma_async",), False)
-    launch = launches(torch.float16, TILES[9, 2], WIDTHS[0])[1]
+    sound = Compiled("sweep_kernel", 90, 200, 0, 1024, ("wgmma.mma_async",), False)
+    launch = launches(torch.float16, TILES[9, torch.bfloat16], WIDTHS[0])[1]
     assert isinstance(launch, Launch)
     assert "COLUMNS" in launch.constants
     assert faults("float16", launch, sound) == []
     spoilt = replace(sound, spilled=8, shared=2 * SHARED_LIMIT[90], tensor_core=(), atomics=True)
     words = faults("float16", launch, spoilt)
     assert len(words) == 4
-    assert all(text.startswith("heads_sweep_kernel, float16, sm_90: ") for text in words)
+    assert all(text.startswith("sweep_kernel, float16, sm_90: ") for text in words)
     assert "spills 8 bytes" in words[0]

@@ -1,8 +1,13 @@
 import pytest
 import torch
-from fino_fast.kernels.launch import Launch, intercepted, run
-from fino_fast.kernels.operands import Request, operands, padded
-from kernel_case import close, random
+from fino_fast.kernels.operands import Operand, Operands, Request, padded
+from kernel_case import close, launched, names, random
+
+
+def operands(requests: list[Request], dtype: torch.dtype) -> list[Operand]:
+    prepared = Operands(requests, requests[0].matrix.new_empty(0, dtype=dtype))
+    prepared.launch([])
+    return prepared.ready
 
 
 def test_norms_of_matrices_of_different_shapes_and_dtypes(device: torch.device) -> None:
@@ -25,13 +30,18 @@ def test_norms_of_matrices_of_different_shapes_and_dtypes(device: torch.device) 
 
 def test_unit_rows_and_what_they_are_divided_by(device: torch.device) -> None:
     x, by = random(5, 3, dtype=torch.float64, seed=0), torch.arange(1.0, 6, dtype=torch.float64)
-    unit, divided = operands(
-        [Request(x.to(device), unit=True), Request(x.to(device), True, by.to(device))],
+    unit, divided, multiplied = operands(
+        [
+            Request(x.to(device), unit=True),
+            Request(x.to(device), unit=True, divisor=by.to(device)),
+            Request(x.to(device), unit=True, factor=by[2:3].to(device)),
+        ],
         torch.float64,
     )
     expected = x / x.norm(dim=1, keepdim=True)
     close(unit.matrix[:, :3].cpu(), expected, torch.float64)
     close(divided.matrix[:, :3].cpu(), expected / by[:, None], torch.float64)
+    close(multiplied.matrix[:, :3].cpu(), 3 * expected, torch.float64)
     close(unit.inverse_norms.cpu(), 1 / x.norm(dim=1), torch.float64)
 
 
@@ -55,17 +65,13 @@ def test_a_zero_row_has_the_norm_1e_12(device: torch.device) -> None:
 def test_only_what_cannot_be_read_as_it_is_gets_copied(
     matrix: torch.Tensor, copied: bool, device: torch.device
 ) -> None:
-    launches: list[Launch] = []
-
-    def keep(launch: Launch) -> None:
-        launches.append(launch)
-        run(launch)
-
     # Moved with its strides and its offset.
     storage = matrix.untyped_storage().to(device=device)
     moved = torch.empty(0, dtype=matrix.dtype, device=device)
     moved.set_(storage, matrix.storage_offset(), matrix.shape, matrix.stride())
-    with intercepted(keep):
+    with launched() as seen:
         (found,) = operands([Request(moved)], torch.float32)
     assert (found.matrix.data_ptr() != moved.data_ptr()) == copied
-    assert len(launches) == copied
+    # One launch for all, which writes the table too.
+    assert names(seen) == ["operands"]
+    assert len(seen[0].arguments["matrix"]) == copied

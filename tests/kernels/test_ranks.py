@@ -23,12 +23,9 @@ NAME = "three views, learnable"
 
 def worker(rank: int, folder: str) -> None:
     """Rank of a group of four, then of a group of two, which only the first two enter."""
-    from fino_fast.triton import KERNELS, Triton
+    from fino_fast.triton import Triton
 
     torch.set_num_threads(1)
-    library = torch.library.Library("fino", "IMPL")
-    for name, kernel in KERNELS.items():
-        library.impl(name.removeprefix("fino::"), kernel, "CPU", allow_override=True)
     backends._FUSED["native"] = Triton()
     for world in WORLDS:
         if rank >= world:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from fino_fast.kernels.contrastive_backward import contrastive_backward
-from fino_fast.kernels.contrastive_forward import contrastive_forward
-from fino_fast.kernels.heads import MAX_SPLITS, Heads, Upstream, heads_gradient, heads_loss
+from fino_fast.kernels.backward import Upstream, backward
+from fino_fast.kernels.bank import Bank
+from fino_fast.kernels.forward import MAX_SPLITS, forward, kept_groups
 from fino_fast.kernels.launch import Launch, intercepted, run
+from fino_fast.kernels.table import Kept
 from fino_fast.kernels.tiles import TILES, WORKERS, forced
-from kernel_case import head_call, run_heads
+from kernel_case import contrastive_bank, described, head_call, names, run_heads
 from loss_case import embeddings, factors, labels, metadata
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,14 +61,12 @@ def test_without_triton_auto_warns_once_and_runs_eager(monkeypatch: pytest.Monke
 
 @needs_operators
 @pytest.mark.usefixtures("gpu_found")
-def test_with_triton_the_operators_have_kernels_for_cuda() -> None:
-    from fino_fast.triton import KERNELS, Triton
+def test_with_triton_it_serves_cuda_tensors() -> None:
+    from fino_fast.triton import Triton
 
     FinoLoss(4)
     for name in ("auto", "triton"):
         assert type(backends.resolve(name, torch.device("cuda"))) is Triton
-    for operator in KERNELS:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
 
 
 @pytest.fixture
@@ -76,14 +75,10 @@ def triton_on_this_device(device: torch.device, monkeypatch: pytest.MonkeyPatch)
     if device.type == "cuda":
         yield "triton"
         return
-    from fino_fast.triton import KERNELS, Triton
+    from fino_fast.triton import Triton
 
-    library = torch.library.Library("fino", "IMPL")
-    for name, kernel in KERNELS.items():
-        library.impl(name.removeprefix("fino::"), kernel, "CPU", allow_override=True)
     monkeypatch.setitem(backends._FUSED, "native", Triton())
     yield "native"
-    library._destroy()
 
 
 def steps(
@@ -124,11 +119,10 @@ def test_a_step_of_the_loss_equals_eager(
     found, expected = steps(fused, device), steps(eager, device)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        # Label smoothing is passed in fp32.
         torch.testing.assert_close(
-            found[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            found[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
         )
-    assert {launch.kernel.__name__ for launch in count} >= {"heads_sweep_kernel"}
+    assert {launch.kernel.__name__ for launch in count} >= {"sweep_kernel"}
 
 
 @needs_operators
@@ -142,52 +136,57 @@ def test_launches_do_not_depend_on_the_number_of_factors(
         lambda name: Continuous(name),
     )
 
-    def launches(number: int, contrastive: InfoNCE | None) -> tuple[list[str], list[str]]:
+    def launches(
+        number: int, contrastive: InfoNCE | None, dtype: torch.dtype = torch.float32
+    ) -> tuple[list[str], list[str]]:
         chosen = [kinds[i % 3](f"f{i}") for i in range(number)]
         criterion = FinoLoss(6, chosen, contrastive, backend=triton_on_this_device).to(device)
         values = [torch.randint(-1, 5, (9,)), torch.randint(-1, 7, (9,)), torch.rand(9)]
         data = {f"f{i}": values[i % 3].to(device) for i in range(number)}
         z = torch.randn(2, 9, 6, device=device, requires_grad=True)
-        seen: list[list[str]] = [[]]
-
-        def note(launch: Launch) -> None:
-            # Not run: what the kernels would compute does not matter here.
-            seen[-1].append(launch.kernel.__name__.removesuffix("_kernel"))
-
-        with intercepted(note):
-            loss = criterion(z, data)
-            forward, seen[-1] = seen[-1], []
+        p = torch.randn(2, 9, 4, device=device, dtype=dtype, requires_grad=True)
+        seen: list[Launch] = []
+        # Not run: what the kernels would compute does not matter here.
+        with intercepted(seen.append):
+            loss = criterion(z, data, projections=None if contrastive is None else p)
+            forward, backward = names(seen), len(seen)
             loss.backward()
-        return forward, seen[-1]
+        return forward, names(seen[backward:])
 
-    forward, backward = launches(1, None)
-    assert forward == ["operands", "heads_sweep", "heads_rows"]
-    assert backward == ["operands", "heads_rows", "heads_banks", "heads_combine"]
-    assert launches(4, None) == launches(12, None) == (forward, backward)
-    contrastive = ["operands", "contrastive_forward", "row_sum"]
-    assert launches(12, InfoNCE(0.2))[0] == contrastive + forward
+    expected = (["operands", "sweep", "rows"], ["operands", "rows", "banks", "combine"])
+    for contrastive in (None, InfoNCE(0.2, learnable=True)):
+        for number in (1, 4, 12):
+            assert launches(number, contrastive) == expected
+    # Nothing to train: no banks.
+    alone = ["operands", "rows", "combine"]
+    assert launches(0, InfoNCE(0.2)) == (expected[0], alone)
+    # Projections of a dtype of their own take launches of their own.
+    forward, backward = launches(4, InfoNCE(0.2), torch.float16)
+    assert forward == expected[0] * 2
+    assert sorted(backward) == sorted(expected[1] + alone)
 
 
 @needs_operators
-def test_operators(device: torch.device) -> None:
-    """Schema, fakes and autograd registration of the operators of the heads."""
-    from fino_fast.triton import heads_loss as operator
+@pytest.mark.parametrize("balanced", [False, True])
+def test_operators(balanced: bool, device: torch.device) -> None:
+    """Schema, fakes and autograd registration of the operators."""
+    from fino_fast.triton_ops import step_forward
 
-    calls = [head_call(kind, 5, 4, 3, torch.float32, seed=f) for f, kind in enumerate(KINDS)]
-    x = calls[0].x.to(device).requires_grad_()
+    calls = [head_call(kind, 6, 4, 3, torch.float32, seed=f) for f, kind in enumerate(KINDS)]
+    x, p = (calls[f].x.to(device).requires_grad_() for f in (0, 1))
     none = torch.empty(0, dtype=torch.int64, device=device)
+    one = torch.tensor(-0.5, device=device)
     torch.library.opcheck(
-        operator,
+        step_forward,
         (
-            [x] * 5,
-            [c.bank.to(device).requires_grad_(c.kind != "prototype") for c in calls],
-            [c.offset.to(device) for c in calls],
-            [c.target.to(device) for c in calls],
-            [c.inv_count.to(device) for c in calls],
-            [none if c.counts is None else c.counts.to(device) for c in calls],
-            [torch.tensor(-0.5, device=device)] * 5,
-            list(range(5)), [0.1, 0.0, 0.0, 0.0, 0.0], [0] * 5,
-            [c.kind == "prototype" for c in calls], True, True,
+            [*[x] * 5, p],
+            [*(c.bank.to(device).requires_grad_(c.kind != "prototype") for c in calls), p.detach()],
+            [*(c.offset.to(device) for c in calls), one.detach().clone().requires_grad_()],
+            [*(c.target.to(device) for c in calls), none],
+            [*(c.inv_count.to(device) for c in calls), one],
+            [*(none if c.counts is None else c.counts.to(device) for c in calls), none],
+            [one] * 6, list(range(6)), [0.1, *[0.0] * 5], [1.0] * 6, [*[0] * 5, 1], [2, 0, 0],
+            balanced, True, True,
         ),
     )  # fmt: skip
 
@@ -214,14 +213,6 @@ def test_a_compiled_step_equals_eager(triton_on_this_device: str, device: torch.
         )
 
 
-def test_launches_of_the_contrastive_term(device: torch.device, count: list[Launch]) -> None:
-    p, scale = torch.randn(6, 4, device=device), torch.ones((), device=device)
-    _, lse = contrastive_forward(p, p, scale, 2, 0, False)
-    assert len(count) == 3
-    contrastive_backward(scale, p, p, scale, lse, lse, 2, 0, False)
-    assert len(count) == 6
-
-
 class Allocated(TorchDispatchMode):
     """Counts the bytes of the tensors that are made inside."""
 
@@ -246,33 +237,32 @@ def test_memory_of_a_million_classes_and_65536_rows() -> None:
     one = torch.empty((), **make)
     counts = torch.empty(classes, dtype=torch.int64, **make)
 
-    table = Heads(
-        [x, x], [bank, bank], [offset, offset], [label, label], [one, one], [counts, counts],
-        [0, 1], [0.0, 0.0],
-    )  # fmt: skip
-    linear = Heads([x], [bank], [offset], [label], [one], [], [0], [0.0])
-    tiles = TILES[9, 2]
+    def head(kind: int) -> Bank:
+        return Bank(kind, 0, x, bank, offset, label, one, counts, 0.0, 1.0, one)
+
+    linear, prototypes = head(0), [head(1), head(1)]
+    pairs = contrastive_bank(x, x, one, 2, 0, False)
+    tiles = TILES[9, torch.bfloat16]
     copies = 2 * classes * depth  # a bank in the dtype of the rows
     room = WORKERS * tiles.rows * (2 * tiles.chunk + 4 * depth)
-    sums = 2 * 20 * n * MAX_SPLITS + 4 * (n + classes)
+    sums = 4 * 20 * n * MAX_SPLITS + 4 * (n + classes)
 
     def launch(launch: Launch) -> None:
         programs.append(launch.programs)
 
     with intercepted(launch), forced(tiles):
+        banks = [linear, *prototypes, pairs]
+        groups = kept_groups([bank.kind for bank in banks], [0] * 4, False, True)
         with Allocated() as allocated:
-            _, _, lse, kept = heads_loss(table, [False, True])
-        assert allocated.bytes <= 1.1 * (2 * copies + room + sums + 4 * n * depth)
+            result = forward(banks, groups, False)
+        # One gradient for both prototype heads.
+        assert allocated.bytes <= 1.1 * (3 * copies + 2 * n * depth + room + sums + 4 * n * depth)
         with Allocated() as allocated:
-            upstream = Upstream(lse[:, 0], [one, one], [0, 0], lse, kept)
-            heads_gradient(upstream, [x], linear, [0], True, True)
+            upstream = [Upstream(one, result.lse[f], result.lse[f], True) for f in (0, 3)]
+            kept = [Kept(gradient, 0, one, one) for gradient in result.kept]
+            backward([linear, pairs], upstream, [x], kept, True)
         gradients = 4 * n * depth + 2 * 4 * classes * (depth + 1) + x.nbytes
-        assert allocated.bytes <= 1.1 * (copies + 2 * room + gradients)
-        with Allocated() as allocated:
-            lse = torch.empty(n, **make)
-            contrastive_forward(x, x, one, 2, 0, False)
-            contrastive_backward(one, x, x, one, lse, lse, 2, 0, False)
-        assert allocated.bytes <= 1.1 * (room + 2 * 2 * n * depth + 4 * 8 * n)
+        assert allocated.bytes <= 1.1 * (copies + 2 * n * depth + 2 * room + gradients)
     assert max(programs) < 2**31
 
 
@@ -288,15 +278,20 @@ def test_offsets_beyond_31_bits(device: torch.device) -> None:
     far = torch.empty(0, device=device).set_(storage, 0, (n, 4), (stride, 1))
     far.copy_(x)
     scale = torch.ones((), device=device)
-    expected, _ = contrastive_forward(x.to(device), x.to(device), scale, 2, 0, False)
-    found, _ = contrastive_forward(far, far, scale, 2, 0, False)
+    near_rows = x.to(device)
+    expected, found = (
+        forward([contrastive_bank(rows, rows, scale, 2, 0, False)], [-1], False).losses
+        for rows in (near_rows, far)
+    )
     assert torch.equal(found, expected)
     call = head_call("linear", n, 4, n, torch.float32)
     near = run_heads([call], device)
     call.bank = far.copy_(call.bank.to(device))
     again = run_heads([call], device)
-    assert torch.equal(again[0], near[0])
-    assert torch.equal(again[3][0], near[3][0])
+    assert torch.equal(again.losses, near.losses)
+    assert again.bank[0] is not None
+    assert near.bank[0] is not None
+    assert torch.equal(again.bank[0], near.bank[0])
 
 
 def test_gradients_beyond_31_bits(device: torch.device) -> None:
@@ -304,25 +299,26 @@ def test_gradients_beyond_31_bits(device: torch.device) -> None:
     launches: list[Launch] = []
     n, depth, classes = 65536, 768, 1_000_000
     make = {"device": "meta"}
-    with intercepted(launches.append), forced(TILES[9, 2]):
-        table = Heads(
-            [torch.empty(n, depth, dtype=torch.bfloat16, **make)],
-            [torch.empty(classes, depth, **make)],
-            [torch.empty(classes, **make)],
-            [torch.empty(n, dtype=torch.int64, **make)],
-            [torch.empty((), **make)],
-            [],
-            [0],
-            [0.0],
+    with intercepted(launches.append), forced(TILES[9, torch.bfloat16]):
+        one, lse = torch.empty((), **make), torch.empty(n, **make)
+        bank = Bank(
+            0,
+            0,
+            torch.empty(n, depth, dtype=torch.bfloat16, **make),
+            torch.empty(classes, depth, **make),
+            torch.empty(classes, **make),
+            torch.empty(n, dtype=torch.int64, **make),
+            one,
+            torch.empty(0, dtype=torch.int64, **make),
+            0.0,
+            1.0,
+            one,
         )
-        lse = torch.empty(1, n, **make)
-        nothing = torch.empty(0, **make)
-        upstream = Upstream(lse[:, 0], [lse[0, 0]], [0], lse, [nothing])
-        heads_gradient(upstream, table.x, table, [0], True, True)
-    (banks,) = [x for x in launches if x.kernel.__name__ == "heads_banks_kernel"]
+        backward([bank], [Upstream(one, lse, lse, True)], [bank.x], [], True)
+    (operands, _, banks, _) = launches
     # What the kernel counts in 32 bits fits.
     assert banks.arguments["items"] + banks.arguments["workers"] < 2**31
-    assert max(banks.arguments["share"]) * max(banks.arguments["parts"]) < 2**31
+    assert described(operands, 1, "share")[0] * described(operands, 1, "parts")[0] < 2**31
     assert banks.arguments["scratch_size"] < 2**31
-    tile = TILES[9, 2]
+    tile = TILES[9, torch.bfloat16]
     assert tile.rows * classes < 2**31  # the largest offset inside a tile of values

@@ -56,9 +56,8 @@ def test_banks_of_different_dtypes(device: torch.device) -> None:
 
 
 def test_label_smoothing(device: torch.device) -> None:
-    # 1/8 is exact in fp32, in which Triton passes it.
     check_heads(
-        [head_call("linear", 33, 9, 40, torch.float64, seed=4, label_smoothing=0.125)], device
+        [head_call("linear", 33, 9, 40, torch.float64, seed=4, label_smoothing=0.1)], device
     )
 
 
@@ -76,10 +75,11 @@ def test_all_missing_is_zero_even_where_the_rows_are_not_finite(device: torch.de
         replace(c, x=x, target=torch.full_like(c.target, -1 if c.target.dim() == 1 else torch.nan))
         for c in calls
     ]
-    losses, metrics, *gradients = run_heads(calls, device)
-    assert losses.eq(0).all()
-    assert metrics.eq(0).all()
-    assert all(g is None or g.eq(0).all() for some in gradients for g in some)
+    found = run_heads(calls, device)
+    assert found.losses.eq(0).all()
+    assert found.metrics.eq(0).all()
+    gradients = (*found.rows, *found.bank, *found.offset)
+    assert all(gradient is None or gradient.eq(0).all() for gradient in gradients)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -104,10 +104,10 @@ def test_a_bank_without_any_class(device: torch.device) -> None:
         bank=torch.zeros(4, 7),
         target=torch.full((5,), -1),
     )
-    losses, metrics, grad_x, *_ = run_heads([call], device)
-    assert losses.item() == 0
-    assert metrics.item() == 0
-    assert grad_x[0].eq(0).all()
+    found = run_heads([call], device)
+    assert found.losses.item() == 0
+    assert found.metrics.item() == 0
+    assert found.rows[0].eq(0).all()
 
 
 def test_logits_of_ten_thousand(device: torch.device) -> None:
@@ -135,7 +135,7 @@ def test_the_first_of_equal_logits_is_the_prediction(device: torch.device) -> No
         call, bank=torch.zeros(70, 6), offset=torch.zeros(70), target=target,
         inv_count=inverse(target >= 0, torch.float32),
     )  # fmt: skip
-    assert run_heads([call], device)[1].item() == pytest.approx(1 / 3)
+    assert run_heads([call], device).metrics.item() == pytest.approx(1 / 3)
 
 
 def test_a_bank_split_among_programs(device: torch.device) -> None:
@@ -148,5 +148,5 @@ def test_a_bank_split_among_programs(device: torch.device) -> None:
 
 
 def test_tiles_of_a_gpu(device: torch.device) -> None:
-    with forced(TILES[9, 2]):
+    with forced(TILES[9, torch.bfloat16]):
         check_heads(heads_of_every_kind(70, 33, 67, torch.float16), device)

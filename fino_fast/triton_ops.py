@@ -1,0 +1,264 @@
+"""The two operators of the `triton` backend: all terms of a step, and their gradients.
+
+They are operators of their own, and not those of the CPU: a step is one call, and what is kept from
+the forward to the backward pass differs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distributed import gather_views
+from .kernels.backward import Gradients, Upstream, backward
+from .kernels.bank import Bank, Batch
+from .kernels.epilogues import PAIRS, PROTOTYPE, TANH
+from .kernels.forward import forward, kept_groups
+from .kernels.operands import padded
+from .kernels.table import Kept
+from .reference import accumulation_dtype
+
+
+@torch.library.custom_op("fino::step_forward", mutates_args=())
+def step_forward(
+    x: list[Tensor],
+    bank: list[Tensor],
+    offset: list[Tensor],
+    target: list[Tensor],
+    inv_count: list[Tensor],
+    counts: list[Tensor],
+    guidance: list[Tensor],
+    kind: list[int],
+    smoothing: list[float],
+    weight: list[float],
+    space: list[int],
+    batch: list[int],
+    balanced: bool,
+    want_x: bool,
+    want_bank: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """All terms of a step; the lists have one entry a bank, as in `kernels.bank.Bank`.
+
+    Args:
+        space: number of x among the different ones, by first use.
+        batch: (views, first, two_tower) of the contrastive term.
+        balanced: the heads' losses are differentiable, and not their sum.
+        want_x: whether the backward pass computes gradients at x and at 1/τ.
+        want_bank: whether it computes those at the banks and offsets.
+
+    Returns:
+        (losses [E], 0-d Σ weight · loss of the heads, metrics [E], log-sum-exps [E, N], gradients
+        kept at the rows), in the dtype of the sums; see `kernels.forward`.
+    """
+    banks = _banks(
+        list(range(len(x))), x, bank, offset, target, inv_count, counts, guidance, kind, smoothing,
+        weight, space, batch,
+    )  # fmt: skip
+    result = forward(banks, kept_groups(kind, space, balanced, want_x), balanced)
+    heads = sum(k <= TANH.value for k in kind)
+    return result.losses, result.weighted[:heads].sum(), result.metrics, result.lse, result.kept
+
+
+@step_forward.register_fake
+def _(
+    x: list[Tensor],
+    bank: list[Tensor],
+    offset: list[Tensor],
+    target: list[Tensor],
+    inv_count: list[Tensor],
+    counts: list[Tensor],
+    guidance: list[Tensor],
+    kind: list[int],
+    smoothing: list[float],
+    weight: list[float],
+    space: list[int],
+    batch: list[int],
+    balanced: bool,
+    want_x: bool,
+    want_bank: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    (n, _), dtype = x[0].shape, accumulation_dtype(x[0].dtype)
+    losses, metrics = (x[0].new_empty(len(x), dtype=dtype) for _ in range(2))
+    groups = kept_groups(kind, space, balanced, want_x)
+    members = [groups.index(group) for group in range(max(groups) + 1)]
+    kept = [x[f].new_empty((n, padded(x[f].shape[1])), dtype=dtype) for f in members]
+    return losses, losses.new_empty(()), metrics, losses.new_empty(len(x), n), kept
+
+
+@torch.library.custom_op("fino::step_backward", mutates_args=())
+def step_backward(
+    grad_losses: Tensor,
+    grad_guides: Tensor,
+    lse: Tensor,
+    column_lse: Tensor,
+    kept: list[Tensor],
+    spaces: list[Tensor],
+    guidance: list[Tensor],
+    slot: list[int],
+    bank: list[Tensor],
+    offset: list[Tensor],
+    target: list[Tensor],
+    inv_count: list[Tensor],
+    kind: list[int],
+    smoothing: list[float],
+    weight: list[float],
+    space: list[int],
+    batch: list[int],
+    balanced: bool,
+    want_x: bool,
+    want_bank: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The backward pass of `step_forward`.
+
+    Args:
+        grad_losses, grad_guides: at the two results.
+        lse, kept, guidance, kind, smoothing, weight, space: of all banks, as there.
+        column_lse: log-sum-exps of the rows of all ranks; empty without a contrastive term.
+        spaces: the different x.
+        slot: numbers of the banks that are swept again; bank, offset, target, inv_count are theirs.
+
+    Returns:
+        (∂L/∂x of every space; of every bank in `slot` ∂L/∂bank and ∂L/∂offset, empty where there is
+        none).
+    """
+    # What autograd hands over may be expanded.
+    grad_losses, grad_guides = (
+        grad.to(lse.dtype).contiguous() for grad in (grad_losses, grad_guides)
+    )
+    no_counts = grad_losses.new_empty(0, dtype=torch.int64)
+    banks = _banks(
+        slot, [spaces[space[f]] for f in slot], bank, offset, target, inv_count,
+        [no_counts] * len(slot), [guidance[f] for f in slot], [kind[f] for f in slot],
+        [smoothing[f] for f in slot], [weight[f] for f in slot], [space[f] for f in slot], batch,
+    )  # fmt: skip
+    groups = kept_groups(kind, space, balanced, want_x)
+
+    def at_loss(f: int) -> Tensor:
+        return grad_guides if kind[f] <= TANH.value and not balanced else grad_losses[f]
+
+    upstream = []
+    for f, entry in zip(slot, banks, strict=True):
+        if balanced:
+            entry.weight = 1.0
+        upstream.append(Upstream(at_loss(f), lse[f], column_lse, want_x and groups[f] < 0))
+    one = grad_guides.new_ones(())
+    members = [groups.index(group) for group in range(len(kept))]
+    result: Gradients = backward(
+        banks,
+        upstream,
+        spaces,
+        [
+            Kept(gradient, space[f], at_loss(f), guidance[f].to(lse.dtype) if balanced else one)
+            for f, gradient in zip(members, kept, strict=True)
+        ],
+        want_bank,
+    )
+    # Not one tensor twice: an operator's results must not share memory.
+    return (
+        result.rows,
+        [lse.new_empty(0) if gradient is None else gradient for gradient in result.vectors],
+        [lse.new_empty(0) if gradient is None else gradient for gradient in result.offset],
+    )
+
+
+@step_backward.register_fake
+def _(
+    grad_losses: Tensor,
+    grad_guides: Tensor,
+    lse: Tensor,
+    column_lse: Tensor,
+    kept: list[Tensor],
+    spaces: list[Tensor],
+    guidance: list[Tensor],
+    slot: list[int],
+    bank: list[Tensor],
+    offset: list[Tensor],
+    target: list[Tensor],
+    inv_count: list[Tensor],
+    kind: list[int],
+    smoothing: list[float],
+    weight: list[float],
+    space: list[int],
+    batch: list[int],
+    balanced: bool,
+    want_x: bool,
+    want_bank: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    pairs = [kind[f] == PAIRS.value for f in slot]
+    return (
+        [x.new_empty(x.shape) for x in spaces],
+        [
+            b.new_empty(b.shape) if want_bank and not pair else lse.new_empty(0)
+            for b, pair in zip(bank, pairs, strict=True)
+        ],
+        [
+            o.new_empty(o.shape) if want_bank or pair else lse.new_empty(0)
+            for o, pair in zip(offset, pairs, strict=True)
+        ],
+    )
+
+
+def _banks(
+    slot: list[int],
+    x: list[Tensor],
+    bank: list[Tensor],
+    offset: list[Tensor],
+    target: list[Tensor],
+    inv_count: list[Tensor],
+    counts: list[Tensor],
+    guidance: list[Tensor],
+    kind: list[int],
+    smoothing: list[float],
+    weight: list[float],
+    space: list[int],
+    batch: list[int],
+) -> list[Bank]:
+    return [
+        Bank(
+            kind[i], space[i], x[i], bank[i], offset[i], target[i], inv_count[i], counts[i],
+            smoothing[i], weight[i], guidance[i],
+            Batch(batch[0], batch[1], bool(batch[2])) if kind[i] == PAIRS.value else None,
+        )
+        for i in range(len(slot))
+    ]  # fmt: skip
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, bank, offset, target, inv_count, _, guidance, *rest = inputs
+    *_, lse, kept = output
+    kind, _, _, space, *_ = rest
+    ctx.rest = rest
+    # A prototype bank moves before the backward pass, and is not needed there.
+    ctx.slot = [f for f in range(len(x)) if kind[f] != PROTOTYPE.value]
+    swept = ([values[f] for f in ctx.slot] for values in (bank, offset, target, inv_count))
+    spaces = [x[space.index(i)] for i in range(max(space) + 1)]
+    lists = ([lse], kept, spaces, guidance, *swept)
+    ctx.sizes = [len(tensors) for tensors in lists]
+    ctx.save_for_backward(*(tensor for tensors in lists for tensor in tensors))
+
+
+def _backward(ctx: Any, grad_losses: Tensor, grad_guides: Tensor, *_: Any) -> tuple[Any, ...]:
+    saved = iter(ctx.saved_tensors)
+    (lse,), kept, spaces, guidance, *swept = (
+        [next(saved) for _ in range(size)] for size in ctx.sizes
+    )
+    kind, _, _, space, batch, _, want_x, _ = ctx.rest
+    pairs = kind.index(PAIRS.value) if PAIRS.value in kind else None
+    column_lse = lse.new_empty(0) if pairs is None else gather_views(lse[pairs], batch[0])
+    rows, by_bank, by_offset = step_backward(
+        grad_losses, grad_guides, lse, column_lse, kept, spaces, guidance, ctx.slot, *swept,
+        *ctx.rest,
+    )  # fmt: skip
+    banks = len(kind)
+    # One gradient for all banks on the same rows: it goes to the first of them.
+    at_x = [rows[i] if want_x and space.index(i) == f else None for f, i in enumerate(space)]
+    at_bank: list[Tensor | None] = [None] * banks
+    at_offset: list[Tensor | None] = [None] * banks
+    for f, bank, offset in zip(ctx.slot, by_bank, by_offset, strict=True):
+        at_bank[f] = bank if bank.numel() else None
+        at_offset[f] = offset if offset.numel() else None
+    none = [None] * banks
+    return at_x, at_bank, at_offset, none, none, none, none, *[None] * 8
+
+
+step_forward.register_autograd(_backward, setup_context=_context)

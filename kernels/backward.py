@@ -1,0 +1,207 @@
+"""The gradients of all banks of a step, in four launches.
+
+By now the upstream gradients are known, so the banks on the same rows become one matrix.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from .bank import Bank, prepare
+from .banks import banks_kernel
+from .combine import DTYPES, combine_kernel
+from .epilogues import PAIRS
+from .forward import MAX_SPLITS, REDUCE_BLOCK, Losses, launch_rows, room
+from .launch import element_type, launch, sum_type, sweep_constants
+from .operands import padded, starts, sum_dtype
+from .table import Descriptor, Kept, Space, words
+from .tiles import WORKERS, Compiler, tiles_for
+
+COMBINE_ROWS, COMBINE_DEPTH = 8, 32
+WANTED_BANK_TILES = 64  # a bank of fewer tiles is split by rows
+
+
+@dataclass
+class Upstream:
+    """Of one bank what the backward pass starts from.
+
+    Attributes:
+        gradient: 0-d, at its loss times its weight.
+        lse: [N], from the forward pass.
+        column_lse: [K], those of the rows of all ranks; of a contrastive term.
+        swept: whether its gradient at the rows is still to be taken.
+    """
+
+    gradient: Tensor
+    lse: Tensor
+    column_lse: Tensor
+    swept: bool
+
+
+@dataclass
+class Gradients:
+    """What the backward pass returns, each in the dtype of what it belongs to.
+
+    Attributes:
+        rows: [N, D] of every space.
+        vectors, offset: of every bank; None where it has none. The offset of a contrastive term is
+            its 1/τ.
+    """
+
+    rows: list[Tensor]
+    vectors: list[Tensor | None]
+    offset: list[Tensor | None]
+
+
+def backward(
+    banks: list[Bank], upstream: list[Upstream], spaces: list[Tensor], kept: list[Kept],
+    want_bank: bool,
+) -> Gradients:  # fmt: skip
+    """The gradients. Four launches, two where there is nothing to sweep.
+
+    Args:
+        banks: those that still have gradients to be taken; none of prototypes.
+        upstream: one a bank.
+        spaces: [N, D] all rows of the step.
+        kept: gradients from the forward pass.
+        want_bank: whether the gradients at banks and offsets are wanted.
+    """
+    n, dtype = spaces[0].shape[0], spaces[0].dtype
+    row = spaces[0].new_empty(0, dtype=sum_dtype(dtype))
+    tiles = tiles_for(spaces[0])
+    operands, table = prepare(banks, spaces[0])
+    shares, parts, items, tile_of = _bank_work(banks, n, want_bank, tiles.columns)
+    result = Gradients([x.new_empty(x.shape) for x in spaces], [], [])
+    swept: dict[int, Tensor] = {}
+    along = row.new_empty(n)
+    scale, inv_count, at_scale, grad_scale = (row,) * 4
+    for index, (bank, start, descriptor) in enumerate(zip(banks, upstream, table, strict=True)):
+        descriptor.lse, descriptor.column_lse = start.lse, start.column_lse
+        descriptor.weight, descriptor.upstream = bank.weight, start.gradient
+        descriptor.guidance = bank.guidance
+        if start.swept:
+            descriptor.group = bank.space
+            shape = n, padded(bank.x.shape[1])
+            if bank.space not in swept:
+                swept[bank.space] = row.new_empty(shape)
+            descriptor.grad_x = swept[bank.space]
+        if bank.kind == PAIRS.value:
+            descriptor.along, scale, inv_count = along, bank.offset, bank.inv_count
+            at_scale, grad_scale = start.gradient, row.new_empty(())
+        descriptor.first_item, descriptor.first_tile = starts(items)[index], starts(tile_of)[index]
+        result.vectors.append(None)
+        result.offset.append(grad_scale if bank.kind == PAIRS.value else None)
+        if parts[index]:
+            _describe_results(descriptor, bank, row, parts[index], shares[index], result)
+    groups = sorted(swept)
+    for descriptor in table:
+        descriptor.group = groups.index(descriptor.group) if descriptor.group >= 0 else -1
+    records = [
+        words(table),
+        words(
+            [
+                Space(swept.get(i), int(i in swept), padded(x.shape[1]), result.rows[i], x.shape[1])
+                for i, x in enumerate(spaces)
+            ]
+        ),
+        words(kept),
+    ]
+    address = operands.launch([word for section in records for word in section])
+    if groups:
+        launch_rows(
+            address, table, spaces, tiles, len(groups), 0, 0, Losses(row, row, row, row, [])
+        )
+    if sum(items):
+        space = room(spaces, row, sum(items), tiles.columns, tiles)
+        launch(
+            banks_kernel,
+            min(sum(items), WORKERS),
+            row,
+            tiles.compiler,
+            # Tiles are square: of more rows, they do not fit the registers.
+            sweep_constants(spaces[0], tiles, gradient=True) | {"ROWS": tiles.columns},
+            table=address,
+            entries=len(table),
+            **space,
+            # Not of 8 bits: Triton would lay out the operand that they mask as if it had 8 too.
+            used=row.new_empty(space["workers"], tiles.chunk, dtype=torch.int32),
+            n=n,
+        )
+    row_tiles = triton.cdiv(n, COMBINE_ROWS)
+    spaces_at, kept_at = len(records[0]), len(records[0]) + len(records[1])
+    launch(
+        combine_kernel,
+        row_tiles * len(spaces) + sum(tile_of) + (grad_scale is not row),
+        row,
+        Compiler(warps=4, stages=2),
+        {
+            "TYPE": element_type(dtype),
+            "SUM": sum_type(dtype),
+            "ROWS": COMBINE_ROWS,
+            "DEPTH": COMBINE_DEPTH,
+            "BLOCK": REDUCE_BLOCK,
+        },
+        table=address,
+        entries=len(table),
+        spaces=address[spaces_at:],
+        kept=address[kept_at:],
+        kept_entries=len(kept),
+        row_tiles=row_tiles,
+        row_work=row_tiles * len(spaces),
+        bank_work=sum(tile_of),
+        along=along,
+        scale=scale,
+        inv_count=inv_count,
+        upstream=at_scale,
+        grad_scale=grad_scale,
+        n=n,
+    )
+    return result
+
+
+def _bank_work(
+    banks: list[Bank], n: int, want_bank: bool, tile: int
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """How the gradients at the banks are shared out, by bank.
+
+    Args:
+        tile: rows and vectors of a tile.
+
+    Returns:
+        (rows in a part, parts, tiles of the bank times parts, tiles of the result); 0 where there
+        is no gradient.
+    """
+    row_tiles = triton.cdiv(n, tile)
+    shares, parts, items, tile_of = [], [], [], []
+    for bank in banks:
+        trained = want_bank and bank.is_trained
+        classes = bank.vectors.shape[0]
+        bank_tiles = triton.cdiv(classes, tile)
+        wanted = max(1, min(row_tiles, MAX_SPLITS, WANTED_BANK_TILES // bank_tiles))
+        # No part without a row.
+        share = triton.cdiv(row_tiles, wanted)
+        count = triton.cdiv(row_tiles, share) if trained else 0
+        shares.append(share * tile)
+        parts.append(count)
+        items.append(count * bank_tiles)
+        tile_of.append(triton.cdiv(classes, COMBINE_ROWS) if trained else 0)
+    return shares, parts, items, tile_of
+
+
+def _describe_results(
+    descriptor: Descriptor, bank: Bank, row: Tensor, parts: int, share: int, result: Gradients
+) -> None:
+    """Room for the gradients at a bank, of its parts and in the end."""
+    classes, depth = bank.vectors.shape
+    descriptor.parts, descriptor.share = parts, share
+    descriptor.grad_bank = row.new_empty(parts, classes, padded(depth))
+    descriptor.grad_offset = row.new_empty(parts, classes)
+    vectors = bank.vectors.new_empty(bank.vectors.shape)
+    offset = row.new_empty(classes, dtype=bank.offset_dtype)
+    descriptor.bank_out, descriptor.offset_out, descriptor.width = vectors, offset, depth
+    descriptor.bank_type, descriptor.offset_type = (
+        DTYPES.index(str(tensor.dtype).removeprefix("torch.")) for tensor in (vectors, offset)
+    )
+    result.vectors[-1], result.offset[-1] = vectors, offset

@@ -1,0 +1,133 @@
+"""The gradients at the banks that are trained.
+
+The tiles of the banks are shared out among the programs; where they are few, the rows are split
+too. A program finishes a tile's part of the rows alone; `combine` adds the parts in order.
+"""
+
+import triton
+import triton.language as tl
+
+from .epilogues import is_cosine, is_error, squared_errors
+from .table import (
+    BANK,
+    BANK_STRIDE,
+    CLASSES,
+    DEPTH_OF,
+    FIELDS,
+    FIRST_ITEM,
+    GRAD_BANK,
+    GRAD_OFFSET,
+    INV_COUNT,
+    KIND,
+    LSE,
+    OFFSET,
+    PARTS,
+    SHARE,
+    SMOOTHING,
+    TARGET,
+    UPSTREAM,
+    WEIGHT,
+    X_STRIDE,
+    X,
+    find,
+    integer,
+    number,
+    pointer,
+    width,
+)
+from .tile import accumulate, coefficient_gain, coefficients, finish, inner_products
+
+
+@triton.jit
+def bank_gradient(
+    bank, tile, part, work, used, scratch, n, TYPE: tl.constexpr,
+    SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """∂loss/∂bank and ∂loss/∂offset of one part of the rows, for one tile of a bank."""
+    kind, classes = integer(bank, KIND), integer(bank, CLASSES)
+    x, x_stride, depth = pointer(bank, X, TYPE), width(bank, X_STRIDE), width(bank, DEPTH_OF)
+    vectors, vectors_stride = pointer(bank, BANK, TYPE), width(bank, BANK_STRIDE)
+    first_row = part * integer(bank, SHARE)
+    last_row = tl.minimum(first_row + integer(bank, SHARE), n)
+    local = tl.arange(0, COLUMNS)
+    columns = tile.to(tl.int64) * COLUMNS + local
+    column_ok = columns < classes
+    gain = coefficient_gain(~is_error(kind), TYPE)
+    offset_gradient = tl.zeros([COLUMNS], dtype=SUM)
+    begun = 0
+    for chunk in range(first_row, last_row, CHUNK):
+        last = tl.minimum(chunk + CHUNK, last_row)
+        for start in range(chunk, last, ROWS):
+            step = tl.arange(0, ROWS)
+            rows = start + step.to(tl.int64)
+            row_ok = rows < last_row
+            s = inner_products(
+                vectors, vectors_stride, columns, column_ok, x, x_stride, rows, row_ok, depth,
+                TYPE, SUM, COLUMNS, ROWS, DEPTH, PRECISION, WIDEN,
+            )  # fmt: skip
+            bias = tl.load(pointer(bank, OFFSET, SUM) + columns, mask=column_ok, other=0.0)
+            s += bias[:, None]
+            if is_cosine(kind):
+                # Such banks are not trained, none comes here. But with the other branches inside
+                # this one, the compiler lays out their tiles so that they fit the registers.
+                g = 0.0 * s
+                takes_part = row_ok
+            elif is_error(kind):
+                _, g, observed = squared_errors(
+                    s, pointer(bank, TARGET, SUM) + tl.cast(start, tl.int64) * classes,
+                    (tile * COLUMNS + local)[:, None], (step * classes)[None, :],
+                    column_ok[:, None] & row_ok[None, :], kind,
+                )  # fmt: skip
+                takes_part = tl.max(observed.to(tl.int32), axis=0) > 0
+            else:
+                label = tl.load(pointer(bank, TARGET, tl.int64) + rows, mask=row_ok, other=-1)
+                label = label.to(tl.int32)
+                takes_part = label >= 0
+                row_lse = tl.load(pointer(bank, LSE, SUM) + rows, mask=row_ok, other=0.0)
+                epsilon = number(bank, SMOOTHING, SUM)
+                g = tl.exp(s - row_lse[None, :]) - epsilon / classes
+                g -= tl.where(
+                    local[:, None] == (label - tile * COLUMNS)[None, :], 1.0 - epsilon, 0.0
+                )
+                g = tl.where(takes_part[None, :] & column_ok[:, None], g, 0.0)
+            offset_gradient += tl.sum(g, axis=1)
+            at = work + local[:, None] * CHUNK + (start - chunk + step)[None, :]
+            tl.store(at, coefficients(g, gain, TYPE))
+            tl.store(used + start - chunk + step, takes_part.to(tl.int32))
+        accumulate(
+            work, last - chunk, x, x_stride, chunk, used, scratch, depth, begun,
+            TYPE, SUM, COLUMNS, CHUNK, DEPTH, WIDTH, PRECISION, WIDEN, True,
+        )  # fmt: skip
+        begun = 1
+    factor = number(bank, WEIGHT, SUM) * tl.load(pointer(bank, INV_COUNT, SUM))
+    factor *= tl.load(pointer(bank, UPSTREAM, SUM))
+    done = part.to(tl.int64) * classes
+    out = pointer(bank, GRAD_OFFSET, SUM) + done + columns
+    tl.store(out, offset_gradient * factor, mask=column_ok)
+    finish(
+        scratch, tl.full([COLUMNS], 1.0, SUM) * (factor / gain), vectors, vectors_stride, column_ok,
+        offset_gradient, columns, column_ok, pointer(bank, GRAD_BANK, SUM) + done * depth, depth, 0,
+        SUM, COLUMNS, WIDTH, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def banks_kernel(
+    table, entries, items, work, used, scratch, scratch_size, workers, n, TYPE: tl.constexpr,
+    SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    worker = tl.program_id(0)
+    work += worker.to(tl.int64) * COLUMNS * CHUNK
+    used += worker.to(tl.int64) * CHUNK
+    scratch += worker.to(tl.int64) * scratch_size
+    for turn in range(tl.cdiv(items - worker, workers)):
+        item = worker + turn * workers
+        bank = table + find(table, entries, FIELDS, FIRST_ITEM, item) * FIELDS
+        at = item - integer(bank, FIRST_ITEM)
+        parts = integer(bank, PARTS)
+        bank_gradient(
+            bank, at // parts, at % parts, work, used, scratch, n,
+            TYPE, SUM, ROWS, COLUMNS, DEPTH, WIDTH, CHUNK, PRECISION, WIDEN,
+        )  # fmt: skip

@@ -1,0 +1,225 @@
+"""The losses and metrics of all banks from their rows' sums, and the gradients at the rows.
+
+One launch for all: the first programs reduce one bank each in a fixed order; the others share out
+the tiles of rows, in which the banks on the same rows are summed. A program finishes a tile alone,
+so every sum has a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from .epilogues import (
+    PAIRS,
+    is_cosine,
+    is_error,
+    logits,
+    pair_masks,
+    squared_errors,
+)
+from .table import (
+    ALONG,
+    BANK,
+    BANK_STRIDE,
+    BEST,
+    CLASSES,
+    COLUMN_LSE,
+    COUNTS,
+    DEPTH_OF,
+    FIELDS,
+    FIRST,
+    GRAD_X,
+    GROUP,
+    GUIDANCE,
+    IMAGES,
+    INV_COUNT,
+    KIND,
+    LOCAL,
+    LSE,
+    NORMS,
+    OFFSET,
+    SMOOTHING,
+    SPLITS,
+    TARGET,
+    TWO_TOWER,
+    UPSTREAM,
+    WEIGHT,
+    X_STRIDE,
+    X,
+    integer,
+    number,
+    pointer,
+    width,
+)
+from .tile import CLAMPED, LOWEST, accumulate, coefficient_gain, coefficients, finish
+
+
+@triton.jit
+def joined(lse, splits, n, rows, row_ok):
+    """Log-sum-exp of every row over the splits of a bank. [R]"""
+    top = tl.load(lse + rows, mask=row_ok, other=0.0)
+    for split in range(1, splits):
+        part = tl.load(lse + split * n + rows, mask=row_ok, other=0.0)
+        high, low = tl.maximum(top, part), tl.minimum(top, part)
+        top = high + tl.log(1.0 + tl.exp(low - high))
+    return top
+
+
+@triton.jit
+def reduce_bank(
+    bank, planes, loss_out, metric_out, weighted_out, lse_out, n,
+    SUM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss and metric of one bank, and its rows' log-sum-exps, over the splits of the bank."""
+    kind, classes, splits = integer(bank, KIND), integer(bank, CLASSES), integer(bank, SPLITS)
+    partial, predicted = pointer(bank, LSE, SUM), pointer(bank, BEST, tl.int32)
+    target, epsilon = pointer(bank, TARGET, tl.int64), number(bank, SMOOTHING, SUM)
+    loss = tl.zeros([BLOCK], dtype=SUM)
+    metric = tl.zeros([BLOCK], dtype=SUM)
+    for first in range(0, n, BLOCK):
+        rows = first + tl.arange(0, BLOCK).to(tl.int64)
+        row_ok = rows < n
+        label = tl.load(target + rows, mask=row_ok & (kind < 2), other=-1)
+        peak = tl.full([BLOCK], LOWEST, dtype=SUM)
+        at_target = tl.zeros([BLOCK], dtype=SUM)
+        all_logits = tl.zeros([BLOCK], dtype=SUM)
+        best = tl.full([BLOCK], -1, dtype=tl.int32)
+        for split in range(splits):
+            at = tl.cast(split, tl.int64) * n + rows
+            part_peak = tl.load(partial + planes + at, mask=row_ok, other=LOWEST)
+            part_best = tl.load(predicted + at, mask=row_ok, other=-1)
+            best = tl.where(part_peak > peak, part_best, best)
+            peak = tl.maximum(peak, part_peak)
+            at_target += tl.load(partial + 2 * planes + at, mask=row_ok, other=0.0)
+            all_logits += tl.load(partial + 3 * planes + at, mask=row_ok, other=0.0)
+        lse = joined(partial, splits, n, rows, row_ok)
+        tl.store(lse_out + rows, lse, mask=row_ok)
+        entropy = lse - (1.0 - epsilon) * at_target - epsilon / classes * all_logits
+        takes_part = (label >= 0) | (kind == PAIRS)
+        row_loss = tl.where(is_error(kind), at_target, tl.where(takes_part, entropy, 0.0))
+        hit = ((label >= 0) & (best == label)).to(SUM)
+        loss += tl.where(row_ok, row_loss, 0.0)
+        metric += tl.where(row_ok, tl.where(is_error(kind), at_target, hit), 0.0)
+    mean = tl.load(pointer(bank, INV_COUNT, SUM))
+    total = tl.sum(loss, axis=0) * mean
+    tl.store(loss_out, total)
+    tl.store(metric_out, tl.sum(metric, axis=0) * mean)
+    tl.store(weighted_out, total * number(bank, WEIGHT, SUM))
+
+
+@triton.jit
+def rows_gradient(
+    bank, factor, tile, started, work, scratch, n, TYPE: tl.constexpr,
+    SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Adds factor · ∂Σ loss/∂x of one bank for one tile of rows, or writes it where not `started`.
+
+    Of a contrastive term ∂Σ loss/∂s_ij + ∂Σ loss/∂s_ji is taken: s is symmetric, and the second is
+    what the other row's loss, of any rank, sends to this row.
+    """
+    kind, classes = integer(bank, KIND), integer(bank, CLASSES)
+    x, x_stride, depth = pointer(bank, X, TYPE), width(bank, X_STRIDE), width(bank, DEPTH_OF)
+    vectors, vectors_stride = pointer(bank, BANK, TYPE), width(bank, BANK_STRIDE)
+    local_rows = tl.arange(0, ROWS)
+    rows = tile.to(tl.int64) * ROWS + local_rows
+    row_ok = rows < n
+    # Loaded again where it is used: registers are short here.
+    label = tl.load(pointer(bank, TARGET, tl.int64) + rows, mask=row_ok & (kind < 2), other=-1)
+    label = label.to(tl.int32)
+    projected = row_ok & is_cosine(kind) & ((label >= 0) | (kind == PAIRS))
+    norm = tl.load(pointer(bank, NORMS, SUM) + rows, mask=projected, other=1.0)
+    row_lse = joined(pointer(bank, LSE, SUM), integer(bank, SPLITS), n, rows, row_ok)
+    gain = coefficient_gain(~is_error(kind), TYPE)
+    along = tl.zeros([ROWS], dtype=SUM)  # ⟨x̂, ∂loss/∂x̂⟩
+    begun = 0
+    for chunk in range(0, classes, CHUNK):
+        last = tl.minimum(chunk + CHUNK, classes)
+        for start in range(chunk, last, COLUMNS):
+            step = tl.arange(0, COLUMNS)
+            columns = start + step.to(tl.int64)
+            column_ok = columns < classes
+            s = logits(
+                x, x_stride, rows, row_ok, norm, vectors, vectors_stride, columns, column_ok,
+                pointer(bank, OFFSET, SUM), kind, depth,
+                TYPE, SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
+            )  # fmt: skip
+            if kind < 2:
+                counted = column_ok & is_cosine(kind)
+                seen = tl.load(pointer(bank, COUNTS, tl.int64) + columns, mask=counted, other=1)
+                target = pointer(bank, TARGET, tl.int64)
+                label = tl.load(target + rows, mask=row_ok, other=-1).to(tl.int32)
+                present = (label >= 0)[:, None] & (column_ok & (seen > 0))[None, :]
+                epsilon = number(bank, SMOOTHING, SUM)
+                g = tl.exp(s - row_lse[:, None]) - epsilon / classes
+                g -= tl.where((label - start)[:, None] == step[None, :], 1.0 - epsilon, 0.0)
+                g = tl.where(present, g, 0.0)
+                s = tl.where(present, s, 0.0)
+                along += tl.sum(g * s, axis=1)
+            else:
+                if kind == PAIRS:
+                    local = integer(bank, LOCAL)
+                    compared, positive = pair_masks(
+                        rows, columns, column_ok, local, integer(bank, IMAGES),
+                        integer(bank, FIRST), integer(bank, TWO_TOWER),
+                    )  # fmt: skip
+                    mean = tl.full([], 2.0, SUM) / (n // local - 1)
+                    other = pointer(bank, COLUMN_LSE, SUM)
+                    column_lse = tl.load(other + columns, mask=column_ok, other=0.0)
+                    s = tl.where(compared, s, 0.0)
+                    g = tl.exp(s - row_lse[:, None]) + tl.exp(s - column_lse[None, :])
+                    g = tl.where(compared, g, 0.0) - tl.where(positive, mean, 0.0)
+                    along += tl.sum(g * s, axis=1)
+                else:
+                    _, g, _ = squared_errors(
+                        s, pointer(bank, TARGET, SUM) + tile.to(tl.int64) * ROWS * classes,
+                        local_rows[:, None] * classes, (start + step)[None, :],
+                        row_ok[:, None] & column_ok[None, :], kind,
+                    )  # fmt: skip
+            at = work + local_rows[:, None] * CHUNK + (start - chunk + step)[None, :]
+            tl.store(at, coefficients(g, gain, TYPE))
+        accumulate(
+            work, last - chunk, vectors, vectors_stride, chunk, work, scratch, depth, begun,
+            TYPE, SUM, ROWS, CHUNK, DEPTH, WIDTH, PRECISION, WIDEN, False,
+        )  # fmt: skip
+        begun = 1
+    if kind == PAIRS:
+        tl.store(pointer(bank, ALONG, SUM) + rows, along, mask=row_ok)
+    # ∂x̂/∂x takes off what is along x̂, but where ‖x‖ < 1e-12.
+    projected = projected & (norm < CLAMPED)
+    finish(
+        scratch, norm * (factor / gain), x, x_stride, projected, norm * norm * along * factor,
+        rows, row_ok, pointer(bank, GRAD_X, SUM), depth, started, SUM, ROWS, WIDTH, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def rows_kernel(
+    table, entries, planes, reduced, losses, metrics, weighted, lse_out, row_tiles, items, work,
+    scratch, scratch_size, workers, n, TYPE: tl.constexpr, BLOCK: tl.constexpr,
+    SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(0) < reduced:
+        f = tl.program_id(0)
+        reduce_bank(
+            table + f * FIELDS, planes, losses + f, metrics + f, weighted + f,
+            lse_out + f.to(tl.int64) * n, n, SUM, BLOCK,
+        )  # fmt: skip
+    else:
+        worker = tl.program_id(0) - reduced
+        work += worker.to(tl.int64) * ROWS * CHUNK
+        scratch += worker.to(tl.int64) * scratch_size
+        for turn in range(tl.cdiv(items - worker, workers)):
+            item = worker + turn * workers
+            started = 0
+            for f in range(entries):
+                bank = table + f * FIELDS
+                if integer(bank, GROUP) == item // row_tiles:
+                    factor = number(bank, WEIGHT, SUM) * tl.load(pointer(bank, INV_COUNT, SUM))
+                    factor *= tl.load(pointer(bank, UPSTREAM, SUM))
+                    factor *= tl.load(pointer(bank, GUIDANCE, SUM))
+                    rows_gradient(
+                        bank, factor, item % row_tiles, started, work, scratch, n,
+                        TYPE, SUM, ROWS, COLUMNS, DEPTH, WIDTH, CHUNK, PRECISION, WIDEN,
+                    )  # fmt: skip
+                    started = 1

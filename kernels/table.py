@@ -1,0 +1,198 @@
+"""The descriptors of all banks of a step, in one table in device memory.
+
+The launch of `operands` writes it from its own arguments: nothing is copied from the host, a CUDA
+graph can capture it, and the kernels that follow take one pointer, whatever the number of banks,
+and are not compiled again for another number. Every field has 8 bytes: an integer, an address, or
+the bits of an fp64 number.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Word = int | float | Tensor | None
+
+
+@dataclass
+class Descriptor:
+    """One bank and the rows that are swept over it. Tensors stand for their addresses.
+
+    A field that the kind of the bank or the pass has no use for stays 0.
+
+    Attributes:
+        kind: number in `fino_fast.ops.KINDS`, or PAIRS of `epilogues`.
+        x, x_stride, depth: [N, W] rows, W the columns, in the dtype of the launch.
+        norms: [N] inverse norms of the rows.
+        bank, bank_stride, classes: [K, W] vectors.
+        offset: [K] biases in the dtype of the sums.
+        target: [N] int64, or [N, K] values in the dtype of the sums.
+        counts: [K] int64.
+        smoothing: ε.
+        inv_count: 0-d.
+        local, images, first, two_tower: of a contrastive term, as in `ops.contrastive`; images
+            in one view of rows and columns.
+        column_lse: [K] of the other rows.
+        lse, splits: [splits, N] log-sum-exps, of parts of the bank; the forward pass has three
+            more planes of sums behind them.
+        best: [splits, N] int32 predictions.
+        weight, upstream, guidance: the gradient's factors, a number and two 0-d.
+        first_program: of the sweep.
+        group, grad_x: [N, W] to which the gradient at the rows is added; −1 for none.
+        along: [N] ⟨x̂, ∂loss/∂x̂⟩ of a contrastive term.
+        first_item, parts, share: of the gradient at the bank, how its rows are split.
+        grad_bank, grad_offset: [parts, K, W] and [parts, K].
+        first_tile: of the results of the bank.
+        bank_out, bank_type, width, offset_out, offset_type: [K, width] and [K] results.
+    """
+
+    kind: int
+    x: Tensor
+    x_stride: int
+    depth: int
+    norms: Tensor
+    bank: Tensor
+    bank_stride: int
+    classes: int
+    offset: Tensor
+    target: Tensor
+    counts: Tensor
+    smoothing: float
+    inv_count: Tensor
+    local: int = 0
+    images: int = 0
+    first: int = 0
+    two_tower: int = 0
+    column_lse: Word = None
+    lse: Word = None
+    best: Word = None
+    splits: int = 1
+    weight: float = 1.0
+    upstream: Word = None
+    guidance: Word = None
+    first_program: int = 0
+    group: int = -1
+    grad_x: Word = None
+    along: Word = None
+    first_item: int = 0
+    parts: int = 0
+    share: int = 0
+    grad_bank: Word = None
+    grad_offset: Word = None
+    first_tile: int = 0
+    bank_out: Word = None
+    bank_type: int = 0
+    width: int = 0
+    offset_out: Word = None
+    offset_type: int = 0
+
+
+FIELDS = tl.constexpr(len(fields(Descriptor)))
+(
+    KIND, X, X_STRIDE, DEPTH_OF, NORMS, BANK, BANK_STRIDE, CLASSES, OFFSET, TARGET, COUNTS,
+    SMOOTHING, INV_COUNT, LOCAL, IMAGES, FIRST, TWO_TOWER, COLUMN_LSE, LSE, BEST, SPLITS,
+    WEIGHT, UPSTREAM, GUIDANCE, FIRST_PROGRAM, GROUP, GRAD_X, ALONG, FIRST_ITEM, PARTS, SHARE,
+    GRAD_BANK, GRAD_OFFSET, FIRST_TILE, BANK_OUT, BANK_TYPE, WIDTH_OF, OFFSET_OUT, OFFSET_TYPE,
+) = (tl.constexpr(i) for i in range(FIELDS.value))  # fmt: skip
+
+
+@dataclass
+class Space:
+    """Rows on which banks stand, and the gradient that they get.
+
+    Attributes:
+        swept, stride: [N, stride] what the backward pass swept, in the dtype of the sums.
+        is_swept: 0 where it swept nothing.
+        out, width: [N, width] the result.
+    """
+
+    swept: Word
+    is_swept: int
+    stride: int
+    out: Tensor
+    width: int
+
+
+SPACE_FIELDS = tl.constexpr(len(fields(Space)))
+SWEPT, IS_SWEPT, STRIDE, OUT, OUT_WIDTH = (tl.constexpr(i) for i in range(SPACE_FIELDS.value))
+
+
+@dataclass
+class Kept:
+    """A gradient at rows that the forward pass took.
+
+    Attributes:
+        gradient: [N, stride of the space].
+        space: number of the rows.
+        upstream, guidance: 0-d factors.
+    """
+
+    gradient: Tensor
+    space: int
+    upstream: Tensor
+    guidance: Tensor
+
+
+KEPT_FIELDS = tl.constexpr(len(fields(Kept)))
+KEPT, KEPT_SPACE, KEPT_UPSTREAM, KEPT_GUIDANCE = (tl.constexpr(i) for i in range(KEPT_FIELDS.value))
+
+
+def words(records: Sequence[Descriptor | Space | Kept]) -> list[int]:
+    """The fields of all records in order, in the form that `operands_kernel` takes.
+
+    Triton compiles a kernel again for every new pattern of ones, of multiples of 16 and of numbers
+    below 2³¹ among its integers. So all are made odd and greater than 2⁶³; 62 bits are left, which
+    the functions below take out again.
+    """
+    values = [_bits(getattr(record, field.name)) for record in records for field in fields(record)]
+    return [1 << 63 | (value & (1 << 62) - 1) << 1 | 1 for value in values]
+
+
+def _bits(value: Word) -> int:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if isinstance(value, float):
+        # Not negative: the first bit is 0. The last one is lost.
+        (bits,) = struct.unpack("<q", struct.pack("<d", value))
+        return int(bits) >> 1
+    return value or 0
+
+
+@triton.jit
+def integer(record, FIELD: tl.constexpr):
+    """A field that needs 32 bits only."""
+    return (tl.load(record + FIELD) >> 1).to(tl.int32)
+
+
+@triton.jit
+def number(record, FIELD: tl.constexpr, SUM: tl.constexpr):
+    return (tl.load(record + FIELD) << 1 >> 2 << 1).to(tl.float64, bitcast=True).to(SUM)
+
+
+@triton.jit
+def pointer(record, FIELD: tl.constexpr, TYPE: tl.constexpr):
+    return (tl.load(record + FIELD) << 1 >> 2).to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def width(record, FIELD: tl.constexpr):
+    """A stride or a number of columns, of 32 bits, a multiple of 16.
+
+    The compiler follows the shifts; a hint it would lose.
+    """
+    return (tl.load(record + FIELD) >> 5 << 4).to(tl.int32)
+
+
+@triton.jit
+def find(table, entries, FIELDS: tl.constexpr, FIELD: tl.constexpr, program):
+    """Which bank `program` works on; in `FIELD`, which ascends from 0, the first one's number."""
+    index = -1
+    for first in range(0, entries, 128):
+        entry = first + tl.arange(0, 128)
+        exists = entry < entries
+        begins = (tl.load(table + entry * FIELDS + FIELD, mask=exists, other=0) >> 1).to(tl.int32)
+        index += tl.sum((exists & (begins <= program)).to(tl.int32), axis=0)
+    return index

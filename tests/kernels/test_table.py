@@ -1,0 +1,66 @@
+"""Descriptors in device memory: what one launch writes, the next reads."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from fino_fast.kernels.operands import Operands
+from fino_fast.kernels.table import (
+    CLASSES,
+    FIELDS,
+    FIRST_PROGRAM,
+    GROUP,
+    OFFSET_TYPE,
+    WEIGHT,
+    Descriptor,
+    X,
+    find,
+    integer,
+    number,
+    pointer,
+    words,
+)
+
+
+@triton.jit
+def read_kernel(table, entries, program, group, classes, weight, first):
+    bank = table + find(table, entries, FIELDS, FIRST_PROGRAM, program) * FIELDS
+    tl.store(group, integer(bank, GROUP))
+    tl.store(classes, integer(bank, CLASSES))
+    tl.store(weight, number(bank, WEIGHT, tl.float64))
+    tl.store(first, tl.load(pointer(bank, X, tl.float32)))
+
+
+def descriptor(x: torch.Tensor, weight: float, group: int, first_program: int) -> Descriptor:
+    return Descriptor(
+        kind=0, x=x, x_stride=16, depth=16, norms=x, bank=x, bank_stride=16, classes=2**30 + 1,
+        offset=x, target=x, counts=x, smoothing=0.0, inv_count=x, weight=weight, group=group,
+        first_program=first_program,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("program", "entry"), [(0, 0), (2, 0), (3, 1), (4, 3), (9, 3)])
+def test_what_was_written_is_read(program: int, entry: int, device: torch.device) -> None:
+    """Numbers above and below 2, whose bits begin otherwise; −1; past a bank of no program."""
+    x = torch.tensor([1.5, 2.5, 3.5, 4.5], device=device)
+    weights, begins = [0.1, 3e7, 0.0, 2.0], [0, 3, 4, 4]
+    table = [
+        descriptor(x[f:], weight, f - 1, begin)
+        for f, (weight, begin) in enumerate(zip(weights, begins, strict=True))
+    ]
+    address = Operands([], x).launch(words(table))
+    group, classes = (torch.empty(1, dtype=torch.int32, device=device) for _ in range(2))
+    weight, first = torch.empty(1, dtype=torch.float64, device=device), torch.empty_like(x[:1])
+    read_kernel[(1,)](address, len(table), program, group, classes, weight, first)
+    assert group.item() == entry - 1
+    assert classes.item() == 2**30 + 1
+    assert weight.item() == pytest.approx(weights[entry], rel=1e-15)
+    assert first.item() == x[entry].item()
+
+
+def test_names_stand_in_the_order_of_the_fields() -> None:
+    names = [field.name for field in fields(Descriptor)]
+    assert names.index("group") == GROUP.value
+    assert names.index("offset_type") == OFFSET_TYPE.value == FIELDS.value - 1
