@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .distributed import gather_views
 from .reference import accumulation_dtype
@@ -240,6 +241,17 @@ def _contrastive_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor
     return grad_rows, None, grad_scale, None, None, None
 
 
+def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """saved · factor; in its own memory where no later backward pass can ask for it again.
+
+    Not while a tracer watches: a compiled backward pass may not change what the forward one
+    returned.
+    """
+    if is_in_torch_dispatch_mode() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (saved * factor).to(dtype)
+    return saved.mul_(factor).to(dtype)
+
+
 def _heads_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
     x, bank, offset = inputs[:3]
@@ -257,7 +269,7 @@ def _heads_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     upstream = [*range(groups), *ctx.group, *ctx.group]
     gradients = [
         # Empty: a gradient that nobody wanted.
-        (tensor * grad[g]).to(dtype) if tensor.numel() else None
+        _scaled(tensor, grad[g], dtype) if tensor.numel() else None
         for tensor, g, dtype in zip(ctx.saved_tensors, upstream, ctx.dtypes, strict=True)
     ]
     return (
@@ -300,7 +312,7 @@ def _orthogonal_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 def _orthogonal_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     (grad_z,) = ctx.saved_tensors
-    grad_z = None if grad is None else (grad_z * grad).to(ctx.dtype)
+    grad_z = None if grad is None else _scaled(grad_z, grad, ctx.dtype)
     return grad_z, [None] * ctx.factors, None, None, None
 
 

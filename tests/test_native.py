@@ -16,7 +16,7 @@ from torch import Tensor
 from fino_fast import backends, native, ops
 from fino_fast.eager import Eager
 from fino_fast.factors import Role
-from fino_fast.terms import HeadCall, Kind
+from fino_fast.terms import HeadCall, Kind, OrthogonalCall, Step
 
 NATIVE, EAGER = SingleTerms(native.Native()), SingleTerms(Eager())
 KINDS: list[Kind] = ["linear", "prototype", "identity", "sigmoid", "tanh"]
@@ -603,3 +603,23 @@ def test_linear_head_with_bf16_products_loses_no_more_than_pytorch_s(
         strict=True,
     ):
         assert mine <= 2 * other + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_retained_graphs_give_the_same_gradients_again(dtype):
+    """The last backward pass scales what was kept in its own memory, earlier ones must not."""
+    call = head_call("linear", 20, 6, 11, dtype)
+    orthogonal = OrthogonalCall(call.x, torch.arange(20) % 3, "preserve")
+    result = NATIVE.backend.step(Step(heads=[call], orthogonal=[orthogonal]))
+    assert result.guides is not None
+    assert result.orthogonal is not None
+    loss = (result.guides + result.orthogonal) * 3
+    leaves = [call.x, call.bank, call.offset]
+    first, second, last = (
+        torch.autograd.grad(loss, leaves, retain_graph=again) for again in (True, True, False)
+    )
+    for one, two, three in zip(first, second, last, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves)
