@@ -135,12 +135,16 @@ def _(
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    # Else autograd would make zeros as large as U and its products, for the gradients at them.
+    ctx.set_materialize_grads(False)
     z, _, _, basis, ctx.groups, ctx.form = inputs
     _, *of_all, rest, products = output
     ctx.save_for_backward(z, *of_all, *basis, *rest, *products)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None, [None] * len(ctx.groups), None, None
     z, means, sizes, group, mean, coefficients, *lists = ctx.saved_tensors
     size = len(ctx.groups)
     basis, rest, products = (lists[i : i + size] for i in range(0, 3 * size, size))

@@ -224,6 +224,8 @@ def _banks(
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    # Else autograd would make zeros as large as the kept gradients, for those at them.
+    ctx.set_materialize_grads(False)
     x, bank, offset, target, inv_count, _, guidance, *rest = inputs
     *_, lse, kept = output
     kind, _, _, space, *_ = rest
@@ -237,12 +239,19 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None
     ctx.save_for_backward(*(tensor for tensors in lists for tensor in tensors))
 
 
-def _backward(ctx: Any, grad_losses: Tensor, grad_guides: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, grad_losses: Tensor | None, grad_guides: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
     (lse,), kept, spaces, guidance, *swept = (
         [next(saved) for _ in range(size)] for size in ctx.sizes
     )
     kind, _, _, space, batch, _, want_x, _ = ctx.rest
+    none = [None] * len(kind)
+    if grad_losses is None and grad_guides is None:
+        return *[none] * 7, *[None] * 8
+    grad_losses = lse.new_zeros(len(kind)) if grad_losses is None else grad_losses
+    grad_guides = lse.new_zeros(()) if grad_guides is None else grad_guides
     pairs = kind.index(PAIRS.value) if PAIRS.value in kind else None
     column_lse = lse.new_empty(0) if pairs is None else gather_views(lse[pairs], batch[0])
     rows, by_bank, by_offset = step_backward(
@@ -257,7 +266,6 @@ def _backward(ctx: Any, grad_losses: Tensor, grad_guides: Tensor, *_: Any) -> tu
     for f, bank, offset in zip(ctx.slot, by_bank, by_offset, strict=True):
         at_bank[f] = bank if bank.numel() else None
         at_offset[f] = offset if offset.numel() else None
-    none = [None] * banks
     return at_x, at_bank, at_offset, none, none, none, none, *[None] * 8
 
 
