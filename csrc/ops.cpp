@@ -22,6 +22,9 @@ extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(
     int layout, int transpose_a, int transpose_b, int m, int n, int k, float alpha,
     const fino::Bf16* a, int lda, const fino::Bf16* b, int ldb, float beta, float* c, int ldc);
 
+// MKL's number of threads for the calling thread; returns the one before. Null without MKL.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
+
 namespace fino {
 namespace {
 
@@ -63,13 +66,50 @@ void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
   at::parallel_for(0, n, 1, body);
 }
 
+// While it lives the library uses one thread for the products of this thread.
+class OneThread {
+ public:
+  OneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~OneThread() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int before_;
+};
+
+// The same product with the same bits from any number of threads. The library chooses its blocking by
+// the number of its threads; so the result is cut into strips by its size alone, each the work of one.
+template <typename T, typename P, typename Runtime<T, P>::Gemm product>
+void strip_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, T alpha,
+                const P* a, int64_t lda, const P* b, int64_t ldb, bool accumulate, T* c,
+                int64_t ldc) {
+  const bool by_rows = m > n;
+  const int64_t length = std::max(m, n), most = 32, shortest = 64;
+  const int64_t strip = std::max((length + most - 1) / most, shortest);
+  at::parallel_for(0, (length + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
+    const OneThread one;
+    for (int64_t first = begin * strip; first < std::min(end * strip, length); first += strip) {
+      const int64_t count = std::min(strip, length - first);
+      if (by_rows)
+        product(transpose_a, transpose_b, count, n, k, alpha, a + first * (transpose_a ? 1 : lda), lda,
+                b, ldb, accumulate, c + first * ldc, ldc);
+      else
+        product(transpose_a, transpose_b, m, count, k, alpha, a, lda,
+                b + first * (transpose_b ? ldb : 1), ldb, accumulate, c + first, ldc);
+    }
+  });
+}
+
 // T is the type of the sums, P that of the products' operands (cpu/runtime.h).
 template <typename T, typename P>
-Runtime<T, P> runtime() {
+Runtime<T, P> runtime(bool deterministic) {
   if constexpr (std::is_same_v<P, Bf16>)
-    return {gemm_bf16, parallel};
+    return {deterministic ? strip_gemm<T, P, gemm_bf16> : gemm_bf16, parallel};
   else
-    return {gemm<T>, parallel};
+    return {deterministic ? strip_gemm<T, P, gemm<T>> : gemm<T>, parallel};
 }
 
 // Calls run(T, P) with the types that serve rows of this dtype.
@@ -122,11 +162,11 @@ struct Unit {
 
 struct Batch {
   int64_t views, local, images, first;  // images per rank, images of all ranks, first local image
-  bool two_tower;
+  bool two_tower, deterministic;
 };
 
 Batch checked_batch(const Tensor& rows, const Tensor& columns, int64_t views, int64_t first,
-                    bool two_tower) {
+                    bool two_tower, bool deterministic) {
   TORCH_CHECK(rows.dim() == 2 && columns.dim() == 2 && rows.size(1) == columns.size(1),
               "fino: rows and columns must be [N, P] and [M, P], found ", rows.sizes(), " and ",
               columns.sizes());
@@ -136,7 +176,8 @@ Batch checked_batch(const Tensor& rows, const Tensor& columns, int64_t views, in
               "fino: ", rows.size(0), " rows and ", columns.size(0), " columns are not ", views,
               " ≥ 2 views each");
   TORCH_CHECK(!two_tower || views == 2, "fino: two towers need 2 views, found ", views);
-  const Batch batch{views, rows.size(0) / views, columns.size(0) / views, first, two_tower};
+  const Batch batch{views, rows.size(0) / views, columns.size(0) / views, first, two_tower,
+                    deterministic};
   TORCH_CHECK(first >= 0 && first + batch.local <= batch.images, "fino: images ", first, " to ",
               first + batch.local, " are not among the ", batch.images, " of the columns");
   return batch;
@@ -179,7 +220,8 @@ std::tuple<Tensor, Tensor> contrastive_forward_of(const Tensor& rows_in, const T
   const int64_t n = rows_in.size(0), d = rows_in.size(1);
   const Matrix<P> left(rows.rows), right(columns);
   const P *x = left.data(), *y = right.data();
-  const Runtime<T, P> host = runtime<T, P>();
+  // The symmetric sweep has a thread for every product anyhow.
+  const Runtime<T, P> host = runtime<T, P>(batch.deterministic && !symmetric(batch, scale));
   Tensor lse = at::empty({n}, rows.norms.options());
   T* out = lse.data_ptr<T>();
   if (symmetric(batch, scale)) {
@@ -207,7 +249,8 @@ std::tuple<Tensor, Tensor> contrastive_backward_of(double upstream, const Tensor
   const int64_t n = rows_in.size(0), d = rows_in.size(1);
   const Matrix<P> left(rows.rows), right(columns);
   const P *x = left.data(), *y = right.data();
-  const Runtime<T, P> host = runtime<T, P>();
+  // The symmetric sweep has a thread for every product anyhow.
+  const Runtime<T, P> host = runtime<T, P>(batch.deterministic && !symmetric(batch, scale));
   const Tensor row_lse = dense<T>(lse_rows), column_lse = dense<T>(lse_columns);
   // Σ_j (softmax_ij + softmax_ji) x̂_j, less the positives of both directions.
   Tensor g = at::zeros_like(rows.rows);
@@ -233,8 +276,9 @@ std::tuple<Tensor, Tensor> contrastive_backward_of(double upstream, const Tensor
 
 std::tuple<Tensor, Tensor> contrastive_forward(const Tensor& rows, const Tensor& columns,
                                                const Tensor& logit_scale, int64_t views,
-                                               int64_t first, bool two_tower) {
-  const Batch batch = checked_batch(rows, columns, views, first, two_tower);
+                                               int64_t first, bool two_tower,
+                                               bool deterministic) {
+  const Batch batch = checked_batch(rows, columns, views, first, two_tower, deterministic);
   const double scale = logit_scale.item<double>();
   return by_precision(rows.scalar_type(), [&](auto t, auto p) {
     return contrastive_forward_of<decltype(t), decltype(p)>(rows, columns, scale, batch);
@@ -244,8 +288,9 @@ std::tuple<Tensor, Tensor> contrastive_forward(const Tensor& rows, const Tensor&
 std::tuple<Tensor, Tensor> contrastive_backward(const Tensor& grad, const Tensor& rows,
                                                 const Tensor& columns, const Tensor& logit_scale,
                                                 const Tensor& lse_rows, const Tensor& lse_columns,
-                                                int64_t views, int64_t first, bool two_tower) {
-  const Batch batch = checked_batch(rows, columns, views, first, two_tower);
+                                                int64_t views, int64_t first, bool two_tower,
+                                                bool deterministic) {
+  const Batch batch = checked_batch(rows, columns, views, first, two_tower, deterministic);
   TORCH_CHECK(lse_rows.numel() == rows.size(0) && lse_columns.numel() == columns.size(0),
               "fino: lse_rows and lse_columns must be [N] and [M]");
   const double upstream = grad.item<double>(), scale = logit_scale.item<double>();
@@ -264,6 +309,7 @@ struct HeadLists {
   at::TensorList x, bank, offset, target, inv_count, counts, guidance;
   at::ArrayRef<double> weight, smoothing;
   at::IntArrayRef kind, group;
+  bool deterministic;
 
   size_t size() const { return bank.size(); }
   const Tensor& rows(size_t f) const { return x[static_cast<size_t>(group[f])]; }
@@ -376,7 +422,7 @@ HeadOutput head_of(const HeadLists& in, size_t f, const Tensor& grad_x, bool acc
   head.accumulate = accumulate;
   head.grad_bank = want_bank ? out.grad_bank.data_ptr<T>() : nullptr;
   head.grad_offset = want_bank ? out.grad_offset.data_ptr<T>() : nullptr;
-  const RowLoss<double> sum = head_sweep<T, P>(runtime<T, P>(), head);
+  const RowLoss<double> sum = head_sweep<T, P>(runtime<T, P>(in.deterministic), head);
   out.loss = sum.loss * inv_count;
   out.metric = sum.metric * inv_count;
   return out;
@@ -386,9 +432,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> heads_forward(
     at::TensorList x, at::TensorList bank, at::TensorList offset, at::TensorList target,
     at::TensorList inv_count, at::TensorList counts, at::TensorList guidance,
     at::ArrayRef<double> weight, at::IntArrayRef kind, at::ArrayRef<double> smoothing,
-    at::IntArrayRef group, bool want_x, bool want_bank) {
+    at::IntArrayRef group, bool want_x, bool want_bank, bool deterministic) {
   const HeadLists in{x,        bank,   offset,    target, inv_count, counts,
-                     guidance, weight, smoothing, kind,   group};
+                     guidance, weight, smoothing, kind,   group,     deterministic};
   in.check();
   const auto options = at::TensorOptions().dtype(x[0].scalar_type() == at::kDouble ? at::kDouble
                                                                                    : at::kFloat);
@@ -454,7 +500,8 @@ auto with_wide_head(const WideTensors& in, const Run& run) {
 
 std::tuple<Tensor, Tensor, Tensor> wide_head_forward(const Tensor& x, const Tensor& bank,
                                                      const Tensor& offset, const Tensor& target,
-                                                     const Tensor& inv_count, double smoothing) {
+                                                     const Tensor& inv_count, double smoothing,
+                                                     bool deterministic) {
   const WideTensors in{x, bank, offset, target, smoothing};
   in.check();
   return by_precision(x.scalar_type(), [&](auto t, auto p) {
@@ -462,7 +509,7 @@ std::tuple<Tensor, Tensor, Tensor> wide_head_forward(const Tensor& x, const Tens
     using P = decltype(p);
     return with_wide_head<T, P>(in, [&](const WideHead<T, P>& head) {
       Tensor lse = at::empty({head.n}, at::TensorOptions().dtype(scalar_type<T>));
-      const RowLoss<double> sum = wide_head_loss(runtime<T, P>(), head, lse.data_ptr<T>());
+      const RowLoss<double> sum = wide_head_loss(runtime<T, P>(deterministic), head, lse.data_ptr<T>());
       const double count = inv_count.item<T>();
       return std::tuple{at::scalar_tensor(sum.loss * count, lse.options()),
                         at::scalar_tensor(sum.metric * count, lse.options()), lse};
@@ -473,7 +520,7 @@ std::tuple<Tensor, Tensor, Tensor> wide_head_forward(const Tensor& x, const Tens
 std::tuple<Tensor, Tensor, Tensor> wide_head_backward(
     const Tensor& grad, const Tensor& x, const Tensor& bank, const Tensor& offset,
     const Tensor& target, const Tensor& inv_count, const Tensor& lse, double smoothing, bool want_x,
-    bool want_bank) {
+    bool want_bank, bool deterministic) {
   const WideTensors in{x, bank, offset, target, smoothing};
   in.check();
   TORCH_CHECK(lse.numel() == x.size(0), "fino: lse must be [N=", x.size(0), "]");
@@ -488,7 +535,7 @@ std::tuple<Tensor, Tensor, Tensor> wide_head_backward(
       Tensor grad_x = gradient(x, want_x), grad_bank = gradient(bank, want_bank),
              grad_offset = gradient(offset, want_bank);
       const Tensor row_lse = dense<T>(lse);
-      wide_head_gradient(runtime<T, P>(), head, row_lse.data_ptr<T>(),
+      wide_head_gradient(runtime<T, P>(deterministic), head, row_lse.data_ptr<T>(),
                          grad.item<T>() * inv_count.item<T>(),
                          want_x ? grad_x.data_ptr<T>() : nullptr,
                          want_bank ? grad_bank.data_ptr<T>() : nullptr,
@@ -535,14 +582,16 @@ class Design {
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> orthogonal_of(const Tensor& z, at::TensorList designs,
                                                  const c10::List<bool>& preserve,
-                                                 at::ArrayRef<double> weight, double guidance) {
+                                                 at::ArrayRef<double> weight, double guidance,
+                                                 bool deterministic) {
+  const Runtime<T> host = runtime<T, T>(deterministic);
   const Rows<T> rows = rows_of<T>(z);
   Tensor grad = at::zeros(z.sizes(), at::TensorOptions().dtype(scalar_type<T>));
   std::vector<double> values;
   double sum = 0;
   for (size_t f = 0; f < designs.size(); ++f) {
     const Design<T> design(designs[f]);
-    values.push_back(orthogonal<T>(runtime<T, T>(), rows, z.size(0), z.size(1), design.projector(),
+    values.push_back(orthogonal<T>(host, rows, z.size(0), z.size(1), design.projector(),
                                    preserve[f] ? Overlap::shared : Overlap::explained,
                                    T(weight[f] * guidance), grad.data_ptr<T>()));
     sum += weight[f] * values.back();
@@ -553,7 +602,7 @@ std::tuple<Tensor, Tensor, Tensor> orthogonal_of(const Tensor& z, at::TensorList
 std::tuple<Tensor, Tensor, Tensor> orthogonal_forward(const Tensor& z, at::TensorList designs,
                                                       const c10::List<bool>& preserve,
                                                       at::ArrayRef<double> weight,
-                                                      const Tensor& guidance) {
+                                                      const Tensor& guidance, bool deterministic) {
   TORCH_CHECK(z.dim() == 2, "fino: z must be [N, D], found ", z.sizes());
   TORCH_CHECK(designs.size() > 0 && preserve.size() == designs.size() &&
                   weight.size() == designs.size(),
@@ -566,8 +615,8 @@ std::tuple<Tensor, Tensor, Tensor> orthogonal_forward(const Tensor& z, at::Tenso
                 design.scalar_type(), " ", design.sizes());
   const double lambda = guidance.item<double>();
   return z.scalar_type() == at::kDouble
-             ? orthogonal_of<double>(z, designs, preserve, weight, lambda)
-             : orthogonal_of<float>(z, designs, preserve, weight, lambda);
+             ? orthogonal_of<double>(z, designs, preserve, weight, lambda, deterministic)
+             : orthogonal_of<float>(z, designs, preserve, weight, lambda, deterministic);
 }
 
 }  // namespace
@@ -575,31 +624,32 @@ std::tuple<Tensor, Tensor, Tensor> orthogonal_forward(const Tensor& z, at::Tenso
 TORCH_LIBRARY(fino, m) {
   m.def(
       "contrastive_forward(Tensor rows, Tensor columns, Tensor logit_scale, int views, int first, "
-      "bool two_tower) -> (Tensor loss, Tensor lse)",
+      "bool two_tower, bool deterministic=False) -> (Tensor loss, Tensor lse)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "contrastive_backward(Tensor grad, Tensor rows, Tensor columns, Tensor logit_scale, "
-      "Tensor lse_rows, Tensor lse_columns, int views, int first, bool two_tower) "
-      "-> (Tensor grad_rows, Tensor grad_logit_scale)",
+      "Tensor lse_rows, Tensor lse_columns, int views, int first, bool two_tower, "
+      "bool deterministic=False) -> (Tensor grad_rows, Tensor grad_logit_scale)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "heads_forward(Tensor[] x, Tensor[] bank, Tensor[] offset, Tensor[] target, "
       "Tensor[] inv_count, Tensor[] counts, Tensor[] guidance, float[] weight, int[] kind, "
-      "float[] smoothing, int[] group, bool want_x, bool want_bank) -> (Tensor sums, "
+      "float[] smoothing, int[] group, bool want_x, bool want_bank, bool deterministic=False) "
+      "-> (Tensor sums, "
       "Tensor losses, Tensor metrics, Tensor[] grad_x, Tensor[] grad_bank, Tensor[] grad_offset)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "wide_head_forward(Tensor x, Tensor bank, Tensor offset, Tensor target, Tensor inv_count, "
-      "float smoothing) -> (Tensor loss, Tensor metric, Tensor lse)",
+      "float smoothing, bool deterministic=False) -> (Tensor loss, Tensor metric, Tensor lse)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "wide_head_backward(Tensor grad, Tensor x, Tensor bank, Tensor offset, Tensor target, "
-      "Tensor inv_count, Tensor lse, float smoothing, bool want_x, bool want_bank) "
-      "-> (Tensor grad_x, Tensor grad_bank, Tensor grad_offset)",
+      "Tensor inv_count, Tensor lse, float smoothing, bool want_x, bool want_bank, "
+      "bool deterministic=False) -> (Tensor grad_x, Tensor grad_bank, Tensor grad_offset)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "orthogonal_forward(Tensor z, Tensor[] designs, bool[] preserve, float[] weight, "
-      "Tensor guidance) -> (Tensor sum, Tensor values, Tensor grad_z)",
+      "Tensor guidance, bool deterministic=False) -> (Tensor sum, Tensor values, Tensor grad_z)",
       {at::Tag::pt2_compliant_tag});
 }
 

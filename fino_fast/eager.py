@@ -15,7 +15,16 @@ class Eager:
     """Plain PyTorch on any device, dense matrices and all."""
 
     def step(self, step: Step) -> StepResult:
-        """See `terms.Backend`."""
+        """See `terms.Backend`.
+
+        Raises:
+            ValueError: `deterministic` is asked for, which PyTorch's own products are not.
+        """
+        if step.deterministic:
+            raise ValueError(
+                "deterministic=True: plain PyTorch gives other bits from another number of CPU "
+                "threads; the native and triton backends do not"
+            )
         contrastive = None if step.contrastive is None else _contrastive(step.contrastive)
         heads = [_head(call, step.balanced) for call in step.heads]
         overlaps = [_overlap(call) for call in step.orthogonal]

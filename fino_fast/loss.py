@@ -60,6 +60,8 @@ class FinoLoss(nn.Module):
         backend: `auto`, `native` (C++, CPU), `triton` (GPU) or `eager` (plain PyTorch).
         validate: check the values of the metadata on a GPU too, where the host has to wait for the
             answer. On a CPU they are always checked; while torch.compile traces, never.
+        deterministic: the same bits from any number of CPU threads (of the fused backends; from run
+            to run they are the same anyhow). docs/kernels.md says what it costs.
 
     Attributes:
         heads: factor name → head (`weight`, `bias`; or `centroids`, `temperatures`, `counts` and
@@ -82,6 +84,7 @@ class FinoLoss(nn.Module):
         balance: bool = False,
         backend: BackendName = "auto",
         validate: bool = False,
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
@@ -94,7 +97,7 @@ class FinoLoss(nn.Module):
         self.factors = tuple(factors)
         self.dim, self.contrastive, self.contrastive_weight = dim, contrastive, contrastive_weight
         self.schedule, self.balance, self.backend = schedule, balance, backend
-        self.validate = validate
+        self.validate, self.deterministic = validate, deterministic
         self._number = next(_numbers)
         self._check_factors()
 
@@ -130,7 +133,8 @@ class FinoLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, contrastive={self.contrastive}, schedule={self.schedule}, "
-            f"balance={self.balance}, backend={self.backend!r}"
+            f"balance={self.balance}, backend={self.backend!r}, "
+            f"deterministic={self.deterministic}"
         )
 
     def set_progress(self, progress: float) -> None:
@@ -223,6 +227,7 @@ class FinoLoss(nn.Module):
             heads,
             self._orthogonal_calls(z, values, dtype, guidance),
             self.balance,
+            self.deterministic,
         )
         with torch.autocast(z.device.type, enabled=False):
             result = resolve(self.backend, z.device).step(step)

@@ -21,29 +21,38 @@ class Native:
 
     def step(self, step: Step) -> StepResult:
         """See `terms.Backend`."""
-        contrastive_term = None if step.contrastive is None else contrastive(step.contrastive)
+        contrastive = None
+        if step.contrastive is not None:
+            contrastive = _contrastive(step.contrastive, step.deterministic)
         guides, heads = None, []
         if step.heads:
-            guides, heads = _balanced(step.heads) if step.balanced else _guides(step.heads)
-        orthogonal, overlaps = _orthogonal(step.orthogonal) if step.orthogonal else (None, [])
-        return StepResult(contrastive_term, guides, heads, orthogonal, overlaps)
+            run = _balanced if step.balanced else _guides
+            guides, heads = run(step.heads, step.deterministic)
+        orthogonal, overlaps = None, []
+        if step.orthogonal:
+            orthogonal, overlaps = _orthogonal(step.orthogonal, step.deterministic)
+        return StepResult(contrastive, guides, heads, orthogonal, overlaps)
 
 
-def contrastive(call: ContrastiveCall) -> Tensor:
-    """The term by the operators `fino::contrastive_forward` and `fino::contrastive_backward`."""
+def _contrastive(call: ContrastiveCall, deterministic: bool) -> Tensor:
     columns = gather_views(call.rows.detach(), call.views)
     first = rank() * (call.rows.shape[0] // call.views)
-    return ops.contrastive(call.rows, columns, call.logit_scale, call.views, first, call.two_tower)[
-        0
-    ]
+    loss, _ = ops.contrastive(
+        call.rows, columns, call.logit_scale, call.views, first, call.two_tower, deterministic
+    )
+    return loss
 
 
-def _balanced(calls: Sequence[HeadCall]) -> tuple[None, list[HeadResult]]:
+Guides = tuple[Tensor | None, list[HeadResult]]
+
+
+def _balanced(calls: Sequence[HeadCall], deterministic: bool) -> Guides:
     """Every head by itself, with the gradient of its rows."""
     results = _run(
         [replace(call, x=call.guided, guidance=None, weight=1.0) for call in calls],
         list(range(len(calls))),
-        want_x=True,
+        True,
+        deterministic,
     )
     return None, [
         HeadResult(results.sums[f], results.metrics[f], results.grad_x[f])
@@ -51,7 +60,7 @@ def _balanced(calls: Sequence[HeadCall]) -> tuple[None, list[HeadResult]]:
     ]
 
 
-def _guides(calls: Sequence[HeadCall]) -> tuple[Tensor, list[HeadResult]]:
+def _guides(calls: Sequence[HeadCall], deterministic: bool) -> Guides:
     """Σ weight · loss, and the heads' losses and metrics."""
     results: list[HeadResult | None] = [None] * len(calls)
     sums = []
@@ -60,7 +69,7 @@ def _guides(calls: Sequence[HeadCall]) -> tuple[Tensor, list[HeadResult]]:
         if _deferred(call):
             loss, metric = ops.wide_head(
                 call.guided, call.bank, call.offset, call.target, call.inv_count,
-                float(call.label_smoothing),
+                float(call.label_smoothing), deterministic,
             )  # fmt: skip
             sums.append(call.weight * loss)
             results[f] = HeadResult(loss.detach(), metric)
@@ -70,8 +79,8 @@ def _guides(calls: Sequence[HeadCall]) -> tuple[Tensor, list[HeadResult]]:
         members = [calls[f] for f in together]
         spaces: dict[int, int] = {}
         group = [spaces.setdefault(id(call.x), len(spaces)) for call in members]
-        recording = torch.is_grad_enabled()
-        run = _run(members, group, recording and any(call.x.requires_grad for call in members))
+        want_x = torch.is_grad_enabled() and any(call.x.requires_grad for call in members)
+        run = _run(members, group, want_x, deterministic)
         sums.append(run.sums.sum())
         for i, f in enumerate(together):
             results[f] = HeadResult(run.losses[i], run.metrics[i])
@@ -90,7 +99,7 @@ class _Run(NamedTuple):
     grad_x: list[Tensor]
 
 
-def _run(calls: list[HeadCall], group: list[int], want_x: bool) -> _Run:
+def _run(calls: list[HeadCall], group: list[int], want_x: bool, deterministic: bool) -> _Run:
     x = calls[0].x
     no_counts = calls[0].target.new_empty(0, dtype=torch.int64)
     one = x.new_ones((), dtype=accumulation_dtype(x.dtype))
@@ -110,11 +119,14 @@ def _run(calls: list[HeadCall], group: list[int], want_x: bool) -> _Run:
             want_x,
             torch.is_grad_enabled()
             and any(call.bank.requires_grad or call.offset.requires_grad for call in calls),
+            deterministic,
         )
     )
 
 
-def _orthogonal(calls: Sequence[OrthogonalCall]) -> tuple[Tensor, list[Tensor]]:
+def _orthogonal(
+    calls: Sequence[OrthogonalCall], deterministic: bool
+) -> tuple[Tensor, list[Tensor]]:
     """Σ weight · R_f, and every R_f."""
     sums = []
     overlaps: dict[int, Tensor] = {}
@@ -131,6 +143,7 @@ def _orthogonal(calls: Sequence[OrthogonalCall]) -> tuple[Tensor, list[Tensor]]:
             [calls[f].role == "preserve" for f in members],
             [calls[f].weight for f in members],
             one if first.guidance is None else first.guidance,
+            deterministic,
         )
         sums.append(total)
         overlaps |= zip(members, values.unbind(), strict=True)

@@ -27,7 +27,13 @@ except ImportError as error:
 
 
 def contrastive(
-    rows: Tensor, columns: Tensor, logit_scale: Tensor, views: int, first: int, two_tower: bool
+    rows: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor,
+    views: int,
+    first: int,
+    two_tower: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The local rows' share of the contrastive loss (`reference.contrastive_rows`).
 
@@ -38,12 +44,13 @@ def contrastive(
         rows: [V·B, P]; columns: [V·C, P], view-major rows of all ranks.
         logit_scale: 0-d, 1/τ.
         views: V; first: index of the first local image; two_tower: CLIP's form.
+        deterministic: of `terms.Step`, here and below.
 
     Returns:
         (0-d Σ_i loss_i / (V·C), [V·B] log-sum-exp of every row).
     """
     result: tuple[Tensor, Tensor] = torch.ops.fino.contrastive_forward(
-        rows, columns, logit_scale, views, first, two_tower
+        rows, columns, logit_scale, views, first, two_tower, deterministic
     )
     return result
 
@@ -62,6 +69,7 @@ def heads(
     group: list[int],
     want_x: bool,
     want_bank: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Metadata heads in groups; the lists have one entry a head, with the meaning of
     `terms.HeadCall`, but for `x`, which has one a group.
@@ -80,7 +88,7 @@ def heads(
     """
     sums, losses, metrics, grad_x, _, _ = torch.ops.fino.heads_forward(
         x, bank, offset, target, inv_count, counts, guidance, weight, kind, smoothing, group,
-        want_x, want_bank,
+        want_x, want_bank, deterministic,
     )  # fmt: skip
     return sums, losses.detach(), metrics.detach(), [gradient.detach() for gradient in grad_x]
 
@@ -92,6 +100,7 @@ def wide_head(
     target: Tensor,
     inv_count: Tensor,
     smoothing: float,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A linear head whose gradients are computed in the backward pass, to hold none meanwhile.
 
@@ -101,7 +110,7 @@ def wide_head(
         (0-d loss, 0-d metric).
     """
     loss, metric, _ = torch.ops.fino.wide_head_forward(
-        x, bank, offset, target, inv_count, smoothing
+        x, bank, offset, target, inv_count, smoothing, deterministic
     )
     return loss, metric.detach()
 
@@ -112,6 +121,7 @@ def orthogonal(
     preserve: list[bool],
     weight: list[float],
     guidance: Tensor,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The orthogonal suppression terms R_f (`reference.orthogonal`), with one gradient for all.
 
@@ -126,12 +136,20 @@ def orthogonal(
     Returns:
         (0-d Σ weight · R_f, R_f [F]). Only the sum is differentiable.
     """
-    total, values, _ = torch.ops.fino.orthogonal_forward(z, designs, preserve, weight, guidance)
+    total, values, _ = torch.ops.fino.orthogonal_forward(
+        z, designs, preserve, weight, guidance, deterministic
+    )
     return total, values.detach()
 
 
 def _contrastive_forward_fake(
-    rows: Tensor, columns: Tensor, scale: Tensor, views: int, first: int, two_tower: bool
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    views: int,
+    first: int,
+    two_tower: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(rows.dtype)
     return rows.new_empty((), dtype=dtype), rows.new_empty(rows.shape[0], dtype=dtype)
@@ -147,6 +165,7 @@ def _contrastive_backward_fake(
     views: int,
     first: int,
     two_tower: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), scale.new_empty(())
 
@@ -165,6 +184,7 @@ def _heads_forward_fake(
     group: list[int],
     want_x: bool,
     want_bank: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     dtype = accumulation_dtype(x[0].dtype)
 
@@ -183,7 +203,13 @@ def _heads_forward_fake(
 
 
 def _wide_head_forward_fake(
-    x: Tensor, bank: Tensor, offset: Tensor, target: Tensor, inv_count: Tensor, smoothing: float
+    x: Tensor,
+    bank: Tensor,
+    offset: Tensor,
+    target: Tensor,
+    inv_count: Tensor,
+    smoothing: float,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
     loss, metric = x.new_empty((), dtype=dtype), x.new_empty((), dtype=dtype)
@@ -201,6 +227,7 @@ def _wide_head_backward_fake(
     smoothing: float,
     want_x: bool,
     want_bank: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if want_x else (0,)),
@@ -210,7 +237,12 @@ def _wide_head_backward_fake(
 
 
 def _orthogonal_forward_fake(
-    z: Tensor, designs: list[Tensor], preserve: list[bool], weight: list[float], guidance: Tensor
+    z: Tensor,
+    designs: list[Tensor],
+    preserve: list[bool],
+    weight: list[float],
+    guidance: Tensor,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(z.dtype)
     return (
@@ -232,13 +264,13 @@ def _contrastive_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 def _contrastive_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     rows, columns, logit_scale, lse = ctx.saved_tensors
     lse_columns = gather_views(lse, ctx.rest[0])
     grad_rows, grad_scale = torch.ops.fino.contrastive_backward(
         grad, rows, columns, logit_scale, lse, lse_columns, *ctx.rest
     )
-    return grad_rows, None, grad_scale, None, None, None
+    return grad_rows, None, grad_scale, *[None] * 4
 
 
 def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -265,7 +297,7 @@ def _heads_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     groups = len(ctx.dtypes) - 2 * heads
     none = [None] * heads
     if grad is None:
-        return [None] * groups, *[none] * 6, *[None] * 6
+        return [None] * groups, *[none] * 6, *[None] * 7
     upstream = [*range(groups), *ctx.group, *ctx.group]
     gradients = [
         # Empty: a gradient that nobody wanted.
@@ -277,30 +309,29 @@ def _heads_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         gradients[groups : groups + heads],
         gradients[groups + heads :],
         *[none] * 4,
-        *[None] * 6,
+        *[None] * 7,
     )
 
 
 def _wide_head_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
-    *tensors, ctx.smoothing = inputs
+    *tensors, ctx.smoothing, ctx.deterministic = inputs
     ctx.save_for_backward(*tensors, output[2])
 
 
 def _wide_head_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     want_x, want_bank, want_offset, *_ = ctx.needs_input_grad
     grad_x, grad_bank, grad_offset = torch.ops.fino.wide_head_backward(
-        grad, *ctx.saved_tensors, ctx.smoothing, want_x, want_bank or want_offset
-    )
+        grad, *ctx.saved_tensors, ctx.smoothing, want_x, want_bank or want_offset,
+        ctx.deterministic,
+    )  # fmt: skip
     return (
         grad_x if want_x else None,
         grad_bank if want_bank else None,
         grad_offset if want_offset else None,
-        None,
-        None,
-        None,
+        *[None] * 4,
     )
 
 
@@ -313,7 +344,7 @@ def _orthogonal_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _orthogonal_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     (grad_z,) = ctx.saved_tensors
     grad_z = None if grad is None else _scaled(grad_z, grad, ctx.dtype)
-    return grad_z, [None] * ctx.factors, None, None, None
+    return grad_z, [None] * ctx.factors, *[None] * 4
 
 
 if LOAD_ERROR is None:

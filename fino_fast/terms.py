@@ -114,12 +114,14 @@ class Step:
         orthogonal: one entry a factor that has such a term.
         balanced: every head's loss is wanted by itself, differentiable and with its gradient, in
             place of their sum.
+        deterministic: the same bits from any number of CPU threads.
     """
 
     contrastive: ContrastiveCall | None = None
     heads: Sequence[HeadCall] = ()
     orthogonal: Sequence[OrthogonalCall] = ()
     balanced: bool = False
+    deterministic: bool = False
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The terms of a step one by one, as the tests of a backend want them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from fino_fast.terms import (
     HeadResult,
     OrthogonalCall,
     Step,
+    StepResult,
 )
 
 
@@ -20,24 +21,28 @@ class SingleTerms:
     """A backend's terms, each as a step of its own."""
 
     backend: Backend
+    deterministic: bool = False
+
+    def step(self, step: Step) -> StepResult:
+        return self.backend.step(replace(step, deterministic=self.deterministic))
 
     def contrastive(self, rows: Tensor, logit_scale: Tensor, views: int, two_tower: bool) -> Tensor:
         call = ContrastiveCall(rows, logit_scale, views, two_tower)
-        term = self.backend.step(Step(contrastive=call)).contrastive
+        term = self.step(Step(contrastive=call)).contrastive
         assert term is not None
         return term
 
     def head(self, call: HeadCall) -> HeadResult:
         """One head as the sum of the guides."""
-        result = self.backend.step(Step(heads=[call]))
+        result = self.step(Step(heads=[call]))
         assert result.guides is not None
         return HeadResult(result.guides, result.heads[0].metric)
 
     def balanced(self, calls: list[HeadCall]) -> list[HeadResult]:
         """Every head by itself, with the gradient of its rows."""
-        return self.backend.step(Step(heads=calls, balanced=True)).heads
+        return self.step(Step(heads=calls, balanced=True)).heads
 
     def orthogonal(self, z: Tensor, design: Tensor, role: Role) -> Tensor:
-        term = self.backend.step(Step(orthogonal=[OrthogonalCall(z, design, role)])).orthogonal
+        term = self.step(Step(orthogonal=[OrthogonalCall(z, design, role)])).orthogonal
         assert term is not None
         return term

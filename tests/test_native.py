@@ -376,53 +376,79 @@ def test_a_target_beyond_the_bank_is_an_error_and_no_wild_read():
         NATIVE.head(call)
 
 
-def contrastive_and_others(threads: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Results of the contrastive term, and of the terms whose products the library shares out."""
+def on_threads(threads: int, results: Callable[[], list[Tensor]]) -> list[Tensor]:
     torch.manual_seed(0)
-    rows, labels = torch.randn(1200, 32), torch.randint(-1, 700, (3000,))
-    heads = [head_call(kind, 3000, 256, 1200) for kind in ("linear", "prototype")]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        contrastive = [
-            tensor
-            for two_tower in (False, True)
-            for tensor in contrastive_gradients(NATIVE, rows, 0.1, two_tower, 2)
-        ]
-        others = [tensor for head in heads for tensor in head_gradients(NATIVE, head)]
-        z = torch.randn(3000, 256)
-        others += orthogonal_gradients(z, labels, "preserve", NATIVE)
+        return results()
     finally:
         torch.set_num_threads(before)
-    return contrastive, others
+
+
+def pairs(terms: SingleTerms = NATIVE, tau: float = 0.1) -> list[Tensor]:
+    rows = torch.randn(1200, 32)
+    return [
+        tensor
+        for two_tower in (False, True)
+        for tensor in contrastive_gradients(terms, rows, tau, two_tower, 2)
+    ]
+
+
+def terms_with_shared_products(terms: SingleTerms = NATIVE) -> list[Tensor]:
+    """Of the terms whose products the library shares out among the threads."""
+    heads = [head_call(kind, 3000, 256, 1200) for kind in ("linear", "prototype")]
+    z, labels = torch.randn(3000, 256), torch.randint(-1, 700, (3000,))
+    return [
+        *(tensor for head in heads for tensor in head_gradients(terms, head)),
+        *orthogonal_gradients(z, labels, "preserve", terms),
+        *pairs(terms, tau=0.01),  # the form for large logits
+    ]
 
 
 def test_bit_identical_from_run_to_run():
-    first, second = contrastive_and_others(2), contrastive_and_others(2)
-    for one, two in zip(first, second, strict=True):
-        assert all(map(torch.equal, one, two))
+    for results in (pairs, terms_with_shared_products):
+        assert all(map(torch.equal, on_threads(2, results), on_threads(2, results)))
 
 
 def test_the_contrastive_term_is_the_same_from_any_number_of_threads():
-    results = [contrastive_and_others(threads)[0] for threads in (1, 2, 3)]
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    one, *others = [on_threads(threads, pairs) for threads in (1, 2, 3)]
+    for other in others:
+        assert all(map(torch.equal, one, other))
 
 
-def test_all_terms_are_the_same_from_any_number_of_threads_with_the_library_s_strict_mode():
-    done = run_python(
-        """
-        import torch
-        from test_native import contrastive_and_others
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_deterministic_terms_are_the_same_from_any_number_of_threads(
+    bf16, wide, monkeypatch, request
+):
+    if bf16:
+        request.getfixturevalue("bf16_products")
+    if wide:
+        monkeypatch.setattr(native, "DEFERRED_BANK_BYTES", 0)
+    terms = SingleTerms(native.Native(), deterministic=True)
 
-        one, *others = [contrastive_and_others(threads)[1] for threads in (1, 2, 3)]
-        for other in others:
-            assert all(map(torch.equal, one, other))
-        """,
-        MKL_CBWR="AUTO,STRICT",
-        PYTHONPATH=str(Path(__file__).parent),
-    )
-    assert done.returncode == 0, done.stderr
+    def results() -> list[Tensor]:
+        if not bf16:
+            return terms_with_shared_products(terms)
+        return head_gradients(terms, head_call("linear", 3000, 256, 1200, torch.bfloat16))
+
+    one, *others = [on_threads(threads, results) for threads in (1, 2, 3)]
+    for other in others:
+        assert all(map(torch.equal, one, other))
+
+
+def test_deterministic_terms_equal_the_others():
+    terms = SingleTerms(native.Native(), deterministic=True)
+    found = on_threads(2, lambda: terms_with_shared_products(terms))
+    expected = on_threads(2, terms_with_shared_products)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_plain_pytorch_refuses_to_be_deterministic():
+    with pytest.raises(ValueError, match="other bits from another number of CPU threads"):
+        SingleTerms(Eager(), deterministic=True).head(head_call("linear", 4, 3, 5))
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
