@@ -87,7 +87,7 @@ void strip_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_
                 const P* a, int64_t lda, const P* b, int64_t ldb, bool accumulate, T* c,
                 int64_t ldc) {
   const bool by_rows = m > n;
-  const int64_t length = std::max(m, n), most = 32, shortest = 64;
+  const int64_t length = std::max(m, n), most = 32, shortest = 128;
   const int64_t strip = std::max((length + most - 1) / most, shortest);
   at::parallel_for(0, (length + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
     const OneThread one;
