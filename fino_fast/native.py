@@ -24,11 +24,13 @@ class Native:
         contrastive = None
         if step.contrastive is not None:
             contrastive = _contrastive(step.contrastive, step.deterministic)
-        guides, heads = None, []
+        guides: Tensor | None = None
+        heads: list[HeadResult] = []
         if step.heads:
             run = _balanced if step.balanced else _guides
             guides, heads = run(step.heads, step.deterministic)
-        orthogonal, overlaps = None, []
+        orthogonal: Tensor | None = None
+        overlaps: list[Tensor] = []
         if step.orthogonal:
             orthogonal, overlaps = _orthogonal(step.orthogonal, step.deterministic)
         return StepResult(contrastive, guides, heads, orthogonal, overlaps)
