@@ -15,7 +15,7 @@ from kernel_case import (
     names,
     run_heads,
 )
-from test_heads import heads_of_every_kind
+from test_head_banks import heads_of_every_kind
 from torch import Tensor
 
 from fino_fast.terms import Step
