@@ -867,6 +867,7 @@ def test_signature() -> None:
         "balance": False,
         "backend": "auto",
         "validate": False,
+        "deterministic": False,
     }
     assert next(iter(parameters)) == "dim"
 
