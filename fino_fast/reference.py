@@ -6,7 +6,7 @@ matrices are stored on purpose; the fused backends compute the same without them
 Sums are in fp32 (fp64 for fp64 input) whatever the input's dtype.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -232,12 +232,7 @@ def explained(z: Tensor, metadata: Tensor, valid: Tensor) -> Tensor:
     return basis @ (basis.T @ z)
 
 
-def orthogonal(
-    z: Tensor,
-    metadata: Tensor,
-    role: Role,
-    explained: Callable[[Tensor, Tensor, Tensor], Tensor] = explained,
-) -> Tensor:
+def orthogonal(z: Tensor, metadata: Tensor, role: Role) -> Tensor:
     """The orthogonal suppression term R_f of one factor, in [0, 1].
 
     preserve: ‖S Uᵀ‖²_F / (‖S‖²_F ‖U‖²_F); suppress: ‖S‖²_F / ‖Z‖²_F; with S = ΠZ, U = (I − Π)Z.
@@ -247,7 +242,6 @@ def orthogonal(
         metadata: [N] int64 (−1 missing) or [N, d] scaled values (NaN missing; a row takes part
             where all its values are observed).
         role: of the factor.
-        explained: computes S.
 
     Returns:
         0-d; 0 where the denominator is below 1e-12.
