@@ -11,6 +11,7 @@ from typing import IO, Literal, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
@@ -230,13 +231,15 @@ def _cut(
         before, start, number = int(ends[end - 1]), end, number + 1
 
 
-def planned_ids(out: Location, plan: Plan) -> pa.Array:
-    """Ids of all rows of a plan.
+def planned_among(out: Location, plan: Plan, ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Those of some ids that a plan holds.
 
     Raises:
         DataError: the row file cannot be read.
     """
-    return planned_columns(out, plan, ["id"])["id"].combine_chunks()
+    # Not the other way round: the ids of a whole plan may be too long for one array.
+    planned = planned_columns(out, plan, ["id"])["id"]
+    return planned.filter(pc.is_in(planned, value_set=ids.combine_chunks()))
 
 
 def planned_columns(out: Location, plan: Plan, columns: list[str]) -> pa.Table:

@@ -23,7 +23,7 @@ from .files import (
 from .index import FORMS, RECORD, npy_header
 from .manifest import MANIFEST, Manifest, SealedFile
 from .metadata import pack, record_type
-from .plan import FACTOR, Plan, plan_folder, planned_ids
+from .plan import FACTOR, Plan, plan_folder, planned_among
 from .schema import Schema
 from .tar import BLOCK
 from .write import Receipt
@@ -159,8 +159,8 @@ def write_rejects(out: Location, plans: list[Plan], receipts: list[Receipt]) -> 
         lost = _lost(out, own)
         if len(lost):
             for later in plans[i + 1 :]:
-                again = pc.is_in(lost["id"], value_set=planned_ids(out, later))
-                lost = lost.filter(pc.invert(again))
+                again = planned_among(out, later, lost["id"]).combine_chunks()
+                lost = lost.filter(pc.invert(pc.is_in(lost["id"], value_set=again)))
         kept.append(lost)
     rejects = pa.concat_tables(kept)
     with committed(out / REJECTS) as file:

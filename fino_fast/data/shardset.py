@@ -25,6 +25,7 @@ from .plan import FACTOR
 from .remote import Remote
 from .schema import Encoded, Schema, number_matrix
 from .splits import Split
+from .table import whole
 
 _OPEN_SHARDS = 128
 
@@ -278,7 +279,7 @@ class ShardSet:
             DataError: the set has no such factor, or its table is damaged.
         """
         self.check_factor(name)
-        return self._column(FACTOR + name).combine_chunks()
+        return whole(self._column(FACTOR + name))
 
     def check_factor(self, name: str) -> None:
         """Refuse the name of a factor that the set does not have.

@@ -192,7 +192,7 @@ class TableParser:
                 for value, count in unknown.items():
                     counts[value] = counts.get(value, 0) + count
         self._note(faults, ids)
-        self._hashes.append(_hashes(_folded(ids)))
+        self._hashes.append(hashes(_folded(ids)))
         self.rows += len(table)
         return Rows(ids, paths, splits, raw)
 
@@ -216,9 +216,9 @@ class TableParser:
                 f"{self._fault_count} cells of the table cannot be used; correct them, or declare "
                 "what stands for a missing value:\n  " + "\n  ".join(lines)
             )
-        hashes = np.concatenate(self._hashes)
-        hashes.sort()
-        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        keys = np.concatenate(self._hashes)
+        keys.sort()
+        repeated = np.unique(keys[1:][keys[1:] == keys[:-1]])
         if len(repeated):
             _refuse_duplicates(ids(), repeated)
 
@@ -246,6 +246,16 @@ def strings(column: pa.ChunkedArray) -> pa.Array:
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     return array.cast(pa.string())
+
+
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array, of any length: offsets of 32 bits end at 2 GiB of text."""
+    wide = column.type
+    if pa.types.is_string(wide):
+        wide = pa.large_string()
+    elif pa.types.is_list(wide):
+        wide = pa.large_list(pa.large_string())
+    return column.cast(wide).combine_chunks()
 
 
 def _masked(values: pa.Array, markers: list[str]) -> pa.Array:
@@ -406,7 +416,7 @@ def _folded(ids: pa.Array) -> pa.Array:
     return pc.utf8_lower(ids if ascii_only else pc.utf8_normalize(ids, form="NFC"))
 
 
-def _hashes(values: pa.Array) -> NDArray[np.int64]:
+def hashes(values: pa.Array) -> NDArray[np.int64]:
     """64 bits of every string; equal ones may be of different strings."""
     return np.fromiter(map(hash, values.to_pylist()), np.int64, len(values))
 
@@ -421,7 +431,7 @@ def _refuse_duplicates(ids: Iterable[pa.Array], repeated: NDArray[np.int64]) -> 
     start = 0
     for part in ids:
         folded = _folded(part)
-        for i in np.flatnonzero(np.isin(_hashes(folded), repeated)).tolist():
+        for i in np.flatnonzero(np.isin(hashes(folded), repeated)).tolist():
             places.setdefault(folded[i].as_py(), []).append((start + i + 1, part[i].as_py()))
         start += len(part)
     equal = [found for found in places.values() if len(found) > 1]

@@ -185,7 +185,7 @@ def test_ids_that_repeat_in_another_piece_are_found(piece: int) -> None:
 
 def test_equal_hashes_of_different_ids_are_no_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashes only point to candidates; what is refused has to be equal."""
-    monkeypatch.setattr(table_module, "_hashes", lambda values: np.zeros(len(values), np.int64))
+    monkeypatch.setattr(table_module, "hashes", lambda values: np.zeros(len(values), np.int64))
     table = pa.table({"id": ["a", "b", "c"], "path": ["p"] * 3, "c": ["x"] * 3})
     assert len(parsed(table, declare(c=CAMERA))[0]) == 3
     with pytest.raises(DataError, match=r"1 ids occur more than once.*\n  rows 1, 4: 'a' and 'A'"):
