@@ -48,6 +48,7 @@ X86_LEVELS = {
     ],
 }  # fmt: skip
 LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 KERNEL_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -164,7 +165,9 @@ def native_build() -> dict[str, object]:
             "csrc/cpu/orthogonal.cpp",
         ],
         define_macros=[(f"FINO_HAVE_{level.upper()}", "1") for level in LEVELS],
-        extra_compile_args={"cxx": ["-O2", "-Wall"]},
+        # Compiled without OpenMP, at::parallel_for is a plain loop. Not linked with it: the run-time
+        # library is the one that torch brings, so that there is one pool of threads.
+        extra_compile_args={"cxx": ["-O2", "-Wall", *OPENMP]},
         depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")],
     )
     # Not compiled by torch's rules, which would take CUDA_HOME and ATen. Optional: where nvcc

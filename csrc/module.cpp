@@ -1,8 +1,10 @@
 // What Python may ask of the build. Importing the module also registers the operators of ops.cpp.
 
+#include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <optional>
 
 #include "cpu/capability.h"
@@ -24,6 +26,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("always"),
         "Multiply bf16 rows as they are (True), in fp32 (False), or as bf16 where the processor has "
         "instructions for it (None, the default). Sums are in fp32 in any case.");
+  m.def("loop_threads", [] {
+    std::atomic<int> threads{0};
+    at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { ++threads; });
+    return threads.load();
+  }, "Threads that share a loop of this build: torch.get_num_threads(), or 1 where it has no OpenMP.");
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = __VERSION__;

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fino_fast.factors import Role
 from fino_fast.terms import HeadCall, Kind, OrthogonalCall, Step
 
 NATIVE, EAGER = SingleTerms(native.Native()), SingleTerms(Eager())
+T = TypeVar("T")
 KINDS: list[Kind] = ["linear", "prototype", "identity", "sigmoid", "tanh"]
 
 
@@ -110,6 +112,12 @@ def assert_as_exact_as_eager(
 def test_the_build_under_test_has_native_code():
     assert ops.LOAD_ERROR is None
     assert isinstance(backends.resolve("auto", torch.device("cpu")), native.Native)
+
+
+def test_loops_run_on_the_threads_of_pytorch():
+    """Compiled without OpenMP, PyTorch's parallel loops are plain ones, and say nothing."""
+    for threads in (1, 2, 3):
+        assert on_threads(threads, importlib.import_module("fino_fast._C").loop_threads) == threads
 
 
 def test_native_asked_for_by_name_never_falls_back(monkeypatch):
@@ -376,7 +384,7 @@ def test_a_target_beyond_the_bank_is_an_error_and_no_wild_read():
         NATIVE.head(call)
 
 
-def on_threads(threads: int, results: Callable[[], list[Tensor]]) -> list[Tensor]:
+def on_threads(threads: int, results: Callable[[], T]) -> T:
     torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
