@@ -165,8 +165,8 @@ def native_build() -> dict[str, object]:
             "csrc/cpu/orthogonal.cpp",
         ],
         define_macros=[(f"FINO_HAVE_{level.upper()}", "1") for level in LEVELS],
-        # Compiled without OpenMP, at::parallel_for is a plain loop. Not linked with it: the run-time
-        # library is the one that torch brings, so that there is one pool of threads.
+        # Compiled without OpenMP, at::parallel_for is a plain loop. Not linked with it: the library
+        # is the one that torch brings, so that there is one pool of threads.
         extra_compile_args={"cxx": ["-O2", "-Wall", *OPENMP]},
         depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")],
     )
