@@ -1,7 +1,8 @@
 """`fino-fast ingest`, `verify` and `inspect`: command lines, bars and summaries."""
 
+import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -43,8 +44,8 @@ class Ingest(CommandModel):
     """YAML file that declares the factors."""
     infer: bool = False
     """Only write a first schema, from what the table holds, to the path given by --schema."""
-    out: LocationField
-    """Folder of the shards: a path or URL."""
+    out: LocationField | None = None
+    """Folder of the shards: a path or URL; not needed with --infer."""
     engine: Literal["local", "ray"] = "local"
     """Where shards are written: processes of this machine, or Ray tasks."""
     ray_address: str | None = None
@@ -71,6 +72,8 @@ class Ingest(CommandModel):
                 infer_schema(table, self.id, self.path, self.schema_path)
             print(f"{self.schema_path}: written; set the roles in it, then ingest without --infer")
             return 0
+        if self.out is None:
+            raise ConfigError("the command line: --out is missing: where shall the shards go?")
         request = Request(
             table=self.table,
             images=self.images,
@@ -89,21 +92,40 @@ class Ingest(CommandModel):
         engine: Engine = LocalEngine(workers)
         if self.engine == "ray":
             engine = RayEngine(workers, self.ray_address)
-        # disable=None: a bar on a terminal, silence in a pipe.
-        with tqdm(unit="row", unit_scale=True, disable=None) as bar:
-            written = rejected = 0
-
-            def progress(receipt: Receipt, total: int) -> None:
-                nonlocal written, rejected
-                written += receipt.bytes
-                rejected += receipt.rejected
-                bar.total = total
-                bar.set_postfix_str(f"{written / 2**20:.0f} MiB, {rejected} rejected")
-                bar.update(receipt.rows)
-
-            report = ingest(request, engine, progress)
+        with _IngestBar() as bar:
+            report = ingest(request, engine, bar)
         print(summary(self.out, report))
         return 0
+
+
+class _IngestBar:
+    """Rows a second, MB a second, rejected rows and time left on a terminal; silent in a pipe."""
+
+    def __init__(self) -> None:
+        # disable=None: a bar on a terminal alone.
+        self._bar = tqdm(unit="row", unit_scale=True, disable=None, desc="planning")
+        self._begun = time.monotonic()
+        self._bytes = self._rejected = 0
+
+    def begin(self, phase: str, rows: int = 0) -> None:
+        self._bar.set_description_str(phase, refresh=False)
+        if rows:
+            self._bar.reset(rows)
+            self._begun, self._bytes = time.monotonic(), 0
+        self._bar.refresh()
+
+    def written(self, receipt: Receipt) -> None:
+        self._bytes += receipt.bytes
+        self._rejected += receipt.rejected
+        rate = self._bytes / 1e6 / (time.monotonic() - self._begun)
+        self._bar.set_postfix_str(f"{rate:.1f} MB/s, {self._rejected} rejected", refresh=False)
+        self._bar.update(receipt.rows)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 class Verify(CommandModel):
@@ -145,11 +167,13 @@ class Inspect(CommandModel):
     """Images on it."""
     seed: int = Field(default=0, ge=0)
     """Which images."""
+    channel: int = Field(default=0, ge=0, le=5)
+    """What to show of images with other than 1 or 3 channels, from 0."""
 
     def run(self) -> int:
         shards = ShardSet.open(self.shards)
         split = self.split or shards.schema.declaration.adaptation_split
-        picture = contact_sheet(shards, split, self.count, self.seed)
+        picture = contact_sheet(shards, split, self.count, self.seed, self.channel)
         with committed(self.sheet) as file:
             picture.save(file, "PNG")
         print("\n".join(summary_lines(shards)))

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +17,14 @@ from fino_fast.errors import ConfigError, DataError
 from .declaration import MISSING
 from .files import committed
 from .schema import shorten
-from .table import NUMBER, column_names, is_parquet, read_table, reading, strings
+from .table import NUMBER, column_names, is_parquet, reading, strings, table_chunks
 
 _DELIMITERS = ",;\t|"
 _MOST_CATEGORIES = 0.5
 """A text column with more different values than this share of its rows names no groups."""
+_COUNTED = 100_000
+"""Different values of a column that are counted; more are told from the rows up to there."""
+_SEPARATORS = ";|"
 _SPLITS = ("split", "subset", "fold", "partition")
 _CIRCLES = {"angle": 360, "orientation": 360, "direction": 360, "hour": 24, "month": 12}
 
@@ -35,14 +40,19 @@ def infer_schema(table: Path, id_column: str, path_column: str, target: Path) ->
         raise ConfigError(f"{target}: exists already; --infer writes a new schema only")
     delimiter = _delimiter(table)
     names = column_names(table, delimiter)
-    rows = read_table(table, list(dict.fromkeys([id_column, path_column, *names])), delimiter)
-    if len(rows) == 0:
+    columns = {name: _Column(name) for name in names if name not in (id_column, path_column)}
+    rows = 0
+    for chunk in table_chunks(
+        table, list(dict.fromkeys([id_column, path_column, *names])), delimiter
+    ):
+        rows += len(chunk)
+        for name, column in columns.items():
+            column.add(chunk[name])
+    if rows == 0:
         raise DataError(f"{table}: has no rows")
-    others = [name for name in names if name not in (id_column, path_column)]
-    if not others:
+    if not columns:
         raise DataError(f"{table}: has no column besides id and path: there is no metadata")
     text = io.StringIO()
-    columns = {name: _Column(name, rows[name]) for name in others}
     text.writelines(f"{line}\n" for line in _document(table, delimiter, columns))
     with committed(target) as file:
         file.write(text.getvalue().encode("utf-8"))
@@ -58,51 +68,97 @@ def _delimiter(table: Path) -> str:
 
 
 class _Column:
-    """What can be said of one column without knowing what it means."""
+    """What can be said of one column without knowing what it means; its cells come in pieces."""
 
-    def __init__(self, name: str, values: pa.ChunkedArray) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rows = self.seen = 0
+        self.counts: Counter[str] = Counter()
+        """How often each value occurs, until there are too many of them."""
+        self._counted = 0
+        self._many = False
+        self._point = self._comma = True
+        self._low, self._high = math.inf, -math.inf
+
+    def add(self, values: pa.ChunkedArray) -> None:
+        """Take in the cells of some rows."""
         cells = strings(values)
         text = pc.utf8_trim_whitespace(cells)
         missing = pc.is_in(pc.fill_null(text, ""), value_set=pa.array(MISSING, pa.string()))
-        self.name = name
-        self.rows = len(cells)
-        self.seen = cells.filter(pc.invert(missing))
-        self.missing = self.rows - len(self.seen)
-        stripped = pc.utf8_trim_whitespace(self.seen)
-        self.point = self._all_match(stripped)
-        self.comma = not self.point and self._all_match(pc.replace_substring(stripped, ",", "."))
-        self.counts = {
-            entry["values"].as_py(): entry["counts"].as_py() for entry in pc.value_counts(self.seen)
-        }
+        cells, text = (each.filter(pc.invert(missing)) for each in (cells, text))
+        self.rows += len(missing)
+        self.seen += len(cells)
+        if not len(cells):
+            return
+        self._point = self._point and _are_numbers(text)
+        points = pc.replace_substring(text, ",", ".")
+        self._comma = self._comma and _are_numbers(points)
+        if self._comma:
+            numbers = np.asarray(points.cast(pa.float64()))
+            self._low = min(self._low, float(numbers.min()))
+            self._high = max(self._high, float(numbers.max()))
+        if not self._many:
+            for entry in pc.value_counts(cells):
+                self.counts[entry["values"].as_py()] += entry["counts"].as_py()
+            self._counted = self.seen
+            self._many = len(self.counts) > _COUNTED
 
-    @staticmethod
-    def _all_match(cells: pa.Array) -> bool:
-        matches = pc.all(pc.match_substring_regex(cells, NUMBER)).as_py()
-        return bool(matches) and len(cells) > 0
+    @property
+    def point(self) -> bool:
+        """Whether all cells are numbers with a decimal point, or whole ones."""
+        return self.seen > 0 and self._point
+
+    @property
+    def comma(self) -> bool:
+        """Whether they are numbers, some with a decimal comma."""
+        return self.seen > 0 and self._comma and not self._point
+
+    @property
+    def separator(self) -> str | None:
+        """What stands between several values in a cell, if anything does."""
+        for sign in _SEPARATORS:
+            if any(sign in value for value in self.counts):
+                parts = {part.strip() for value in self.counts for part in value.split(sign)}
+                # Combinations of a few names, and not names that hold the sign.
+                if len(parts - {""}) <= len(self.counts):
+                    return sign
+        return None
 
     @property
     def kind(self) -> str | None:
         """A guess, or None where the column is no factor."""
-        if not self.counts:
+        if not self.seen:
             return None
         if self.name.lower() in _CIRCLES and (self.point or self.comma):
             return "cyclic"
-        whole = all(value.lstrip("+-").isdigit() for value in list(self.counts)[:1000])
+        whole = all(value.strip().lstrip("+-").isdigit() for value in list(self.counts)[:1000])
         if (self.point or self.comma) and not (whole and len(self.counts) <= 20):
             return "continuous"
-        if len(self.counts) > _MOST_CATEGORIES * len(self.seen) and len(self.counts) > 20:
+        if self.separator is not None and not self._many:
+            return "multi"
+        if len(self.counts) > _MOST_CATEGORIES * self._counted and len(self.counts) > 20:
             return None
         return "categorical"
 
+    def options(self) -> str:
+        """What the schema says of the column besides kind and role."""
+        if self.kind == "cyclic":
+            return f", period: {_CIRCLES[self.name.lower()]}"
+        return f", separator: {quoted(self.separator)}" if self.separator == "|" else ""
+
     def comment(self) -> str:
-        share = f"{100 * self.missing / self.rows:.3g} % missing"
+        share = f"{100 * (self.rows - self.seen) / self.rows:.3g} % missing"
         if self.kind in ("continuous", "cyclic"):
-            points = pc.replace_substring(self.seen, ",", ".") if self.comma else self.seen
-            numbers = np.asarray(pc.utf8_trim_whitespace(points).cast(pa.float64()))
-            return f"{share}, {numbers.min():g} to {numbers.max():g}"
+            return f"{share}, {self._low:g} to {self._high:g}"
         # JSON keeps line breaks and other signs that would end the comment out of it.
         listed = json.dumps(shorten(self.counts), ensure_ascii=False)[1:-1].replace('\\"', '"')
-        return f"{share}, {len(self.counts)} values: {listed}"
+        many = f"more than {_COUNTED}" if self._many else f"{len(self.counts)}"
+        what = "combinations" if self.kind == "multi" else "values"
+        return f"{share}, {many} {what}: {listed}"
+
+
+def _are_numbers(cells: pa.Array) -> bool:
+    return bool(pc.all(pc.match_substring_regex(cells, NUMBER)).as_py())
 
 
 def _document(table: Path, delimiter: str, columns: dict[str, _Column]) -> Iterator[str]:
@@ -125,11 +181,10 @@ def _document(table: Path, delimiter: str, columns: dict[str, _Column]) -> Itera
             continue
         yield f"  # {column.comment()}"
         if column.kind is None:
-            why = "has no value" if not column.counts else "names almost every row on its own"
+            why = "has no value" if not column.seen else "names almost every row on its own"
             yield f"  # {quoted(name)}: left out, as it {why}"
             continue
-        extra = f", period: {_CIRCLES[name.lower()]}" if column.kind == "cyclic" else ""
-        yield f"  {quoted(name)}: {{kind: {column.kind}, role: ignore{extra}}}"
+        yield f"  {quoted(name)}: {{kind: {column.kind}, role: ignore{column.options()}}}"
 
 
 def quoted(text: str) -> str:

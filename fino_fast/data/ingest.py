@@ -2,10 +2,10 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -105,8 +105,14 @@ class Report:
     """Shards that other processes have not written yet."""
 
 
-Progress = Callable[[Receipt, int], None]
-"""Called with the receipt of each shard that was written and the rows that had to be written."""
+class Progress(Protocol):
+    """Who wants to know how far an ingest is."""
+
+    def begin(self, phase: Literal["planning", "writing", "sealing"], rows: int = 0) -> None:
+        """A phase begins; `rows` are to be written in it."""
+
+    def written(self, receipt: Receipt) -> None:
+        """A shard was committed."""
 
 
 def ingest(request: Request, engine: Engine, progress: Progress | None = None) -> Report:
@@ -146,9 +152,9 @@ def _ingest(request: Request, table: Path, engine: Engine, progress: Progress | 
         _check_inputs(request, plans, inputs)
         # An unfinished plan is finished before another one is made.
         written = _write_missing(request, plans, engine, progress)
-        unknown = _plan_further(request, table, plans, inputs)
+        unknown = _plan_further(request, table, plans, inputs, progress)
         written += _write_missing(request, plans, engine, progress)
-        return _finish(request, plans, written, unknown)
+        return _finish(request, plans, written, unknown, progress)
 
 
 def _ingest_part(
@@ -168,22 +174,28 @@ def _ingest_part(
         _check_inputs(request, plans, inputs)
         unknown = {}
         if not plans or plans[-1].inputs != inputs:
-            unknown = _plan_further(request, table, plans, inputs)
+            unknown = _plan_further(request, table, plans, inputs, progress)
     written = _write_missing(request, plans, engine, progress)
     with locked(request.out / LOCK, RIVAL, wait=True):
         remaining = _committed(write_tasks(request, plans)).count(None)
         if remaining:
             return Report(None, written, {}, unknown, remaining)
         remove_temporaries(request.out)
-        return _finish(request, plans, written, unknown)
+        return _finish(request, plans, written, unknown, progress)
 
 
 def _plan_further(
-    request: Request, table: Path, plans: list[Plan], inputs: Inputs
+    request: Request,
+    table: Path,
+    plans: list[Plan],
+    inputs: Inputs,
+    progress: Progress | None,
 ) -> dict[str, dict[str, int]]:
     """Append a plan of what is new in the table, if anything; return the unknown values."""
     if plans and plans[-1].inputs == inputs and not request.retry_rejects:
         return {}
+    if progress:
+        progress.begin("planning")
     with Spill(scratch_folder(request.out)) as rows:
         unknown = _read_rows(request, table, rows)
         new = _plan_new_rows(request, plans, inputs, rows)
@@ -192,7 +204,11 @@ def _plan_further(
 
 
 def _finish(
-    request: Request, plans: list[Plan], written: int, unknown: dict[str, dict[str, int]]
+    request: Request,
+    plans: list[Plan],
+    written: int,
+    unknown: dict[str, dict[str, int]],
+    progress: Progress | None,
 ) -> Report:
     """Seal what is complete.
 
@@ -200,6 +216,8 @@ def _finish(
         TooManyRejectsError: more images were rejected than allowed.
         DataError: a shard is missing.
     """
+    if progress:
+        progress.begin("sealing")
     receipts = _receipts(request, plans)
     rejects = write_rejects(request.out, plans, receipts)
     _check_rejects(request, rejects, sum(receipt.samples for receipt in receipts))
@@ -305,10 +323,11 @@ def _write_missing(
     missing = [
         task for task, receipt in zip(tasks, _committed(tasks), strict=True) if receipt is None
     ]
-    total = sum(task.shard.rows for task in missing)
+    if missing and progress:
+        progress.begin("writing", sum(task.shard.rows for task in missing))
     for receipt in engine.run(write_shard, missing):
         if progress:
-            progress(receipt, total)
+            progress.written(receipt)
     return len(missing)
 
 

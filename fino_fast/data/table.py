@@ -55,14 +55,6 @@ class _Fault:
     what: str
 
 
-def read_table(path: Path, columns: list[str], delimiter: str = ",") -> pa.Table:
-    """The named columns of a table, whole (see `table_chunks`)."""
-    chunks = list(table_chunks(path, columns, delimiter))
-    if not chunks:
-        return pa.table({name: pa.array([], pa.string()) for name in columns})
-    return pa.concat_tables(chunks).combine_chunks()
-
-
 def table_chunks(path: Path, columns: list[str], delimiter: str = ",") -> Iterator[pa.Table]:
     """The named columns of a CSV (all as strings: "007" stays "007") or Parquet file, in pieces.
 

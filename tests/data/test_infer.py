@@ -24,7 +24,7 @@ def test_an_inferred_schema_ingests_the_table_it_was_inferred_from(lab: Lab) -> 
         "camera": "categorical",
         "exposure": "continuous",
         "hour": "cyclic",
-        "defects": "categorical",
+        "defects": "multi",
         "label": "categorical",
     }
     assert declaration.adaptation_split == "adapt"
@@ -64,6 +64,43 @@ def test_parquet(tmp_path: Path) -> None:
         "v": "continuous",
         "n": "categorical",
     }
+
+
+def test_several_values_in_a_cell(tmp_path: Path) -> None:
+    """Combinations of a few names are told from names that hold the sign."""
+    table = tmp_path / "t.csv"
+    cells = [("a;b", "x;1", "p|q"), ("b", "y;2", "p"), ("", "z;3", "q| p"), ("b;a", "x;1", "")]
+    lines = [f"{i},p{i},{','.join(cell)}\n" for i, cell in enumerate(cells)]
+    table.write_text("id,path,tags,named,bars\n" + "".join(lines), encoding="utf-8")
+    infer_schema(table, "id", "path", tmp_path / "schema.yaml")
+    factors = Declaration.from_yaml(tmp_path / "schema.yaml").factors
+    kinds = {name: factor.kind for name, factor in factors.items()}
+    assert kinds == {"tags": "multi", "named": "categorical", "bars": "multi"}
+    assert factors["bars"].separator == "|"
+    text = (tmp_path / "schema.yaml").read_text(encoding="utf-8")
+    assert "25 % missing, 3 combinations: 'a;b' (1×)" in text
+
+
+@pytest.mark.parametrize("chunk", [1 << 7, 32 << 20])
+def test_a_long_table_comes_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """What is said of a column does not depend on them; of many values only some are counted."""
+    monkeypatch.setattr("fino_fast.data.table._CHUNK_BYTES", chunk)
+    monkeypatch.setattr("fino_fast.data.infer._COUNTED", 30)
+    table = tmp_path / "t.csv"
+    late = [""] * 150 + ['"1,5"'] * 50
+    lines = [f"{i},p{i},{i - 50}.5,n{i},c{i % 3},{cell}\n" for i, cell in enumerate(late)]
+    table.write_text("id,path,x,note,camera,late\n" + "".join(lines), encoding="utf-8")
+    infer_schema(table, "id", "path", tmp_path / "schema.yaml")
+    declaration = Declaration.from_yaml(tmp_path / "schema.yaml")
+    kinds = {name: factor.kind for name, factor in declaration.factors.items()}
+    assert kinds == {"x": "continuous", "camera": "categorical", "late": "continuous"}
+    assert declaration.table.decimal == ","
+    text = (tmp_path / "schema.yaml").read_text(encoding="utf-8")
+    assert "0 % missing, -50.5 to 149.5" in text
+    assert "0 % missing, more than 30 values: " in text
+    assert "75 % missing, 1.5 to 1.5" in text
 
 
 def test_what_cannot_be_inferred(tmp_path: Path) -> None:

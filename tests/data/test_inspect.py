@@ -9,7 +9,15 @@ from PIL import Image
 
 from fino_fast.cli import main
 from fino_fast.data import ShardSet
-from fino_fast.data.inspect import _CAPTION, _GAP, _TILE, contact_sheet, factor_lines
+from fino_fast.data.inspect import (
+    _CAPTION,
+    _GAP,
+    _TILE,
+    contact_sheet,
+    factor_lines,
+    shorten_name,
+    summary_lines,
+)
 from fino_fast.errors import DataError
 
 from .labs import Lab
@@ -69,3 +77,30 @@ def test_a_factor_without_values_and_a_wrong_split(lab: Lab) -> None:
     ]
     with pytest.raises(DataError, match="no split 'nowhere'"):
         contact_sheet(shards, "nowhere", 4)
+
+
+def test_every_channel_can_be_looked_at(lab: Lab) -> None:
+    """Five channels of 16 bits, each of one brightness; a wide image stands above its caption."""
+    from fino_fast.data.tiff import encode_tiff
+
+    values = [60000, 40000, 20000, 10000, 0]
+    for i, row in enumerate(lab.rows):
+        row["file"] = f"five{i}.tiff"
+        image = np.broadcast_to(np.array(values, np.uint16), (20, 40, 5)).copy()
+        (lab.images / row["file"]).write_bytes(encode_tiff(image))
+    lab.ingest()
+    shards = lab.open()
+    for channel, value in enumerate(values):
+        sheet = np.asarray(contact_sheet(shards, "adapt", 1, channel=channel))
+        assert sheet[_TILE - 1, 5].tolist() == [round(value / 65535 * 255)] * 3
+        assert sheet[5, 5].tolist() == [255] * 3
+    with pytest.raises(DataError, match=r"sample 's\d+' in .*: has channels 0 … 4, not 5"):
+        contact_sheet(shards, "adapt", 1, channel=5)
+    assert "24 uint16 of 5 channels" in summary_lines(shards)[1]
+
+
+def test_names_that_would_break_the_layout() -> None:
+    assert shorten_name("é µ", 5) == "é µ"
+    assert shorten_name("line\nbreak\x1b", 40) == r"line\nbreak\x1b"
+    assert shorten_name("plate 7, well B03, field 12", 12) == "plat…ield 12"
+    assert len(shorten_name("x" * 300, 12)) == 12

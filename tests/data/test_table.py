@@ -13,7 +13,7 @@ import pytest
 
 from fino_fast.data import table as table_module
 from fino_fast.data.declaration import Declaration
-from fino_fast.data.table import Rows, TableParser, read_table
+from fino_fast.data.table import Rows, TableParser, table_chunks
 from fino_fast.errors import ConfigError, DataError, TooManyRejectsError
 
 
@@ -46,6 +46,11 @@ def parsed(
         for name in ("ids", "paths", "splits")
     )
     return Rows(ids, paths, splits, raw), parser.unknown
+
+
+def read_table(path: Path, columns: list[str]) -> pa.Table:
+    """The named columns of a table, whole."""
+    return pa.concat_tables(table_chunks(path, columns)).combine_chunks()
 
 
 EXPOSURE = {"kind": "continuous"}
