@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("fino_fast.train.commands", "Train", "adapt a backbone on shards"),
     "embed": ("fino_fast.evaluate.commands", "Embed", "embeddings of shards by a backbone"),
     "evaluate": ("fino_fast.evaluate.commands", "Evaluate", "probes and leakage on embeddings"),
+    "export": ("fino_fast.train.export", "Export", "the adapted backbone as timm reads it"),
     "demo": ("fino_fast.evaluate.demo", "Demo", "the main job on real images, in minutes"),
 }
 

@@ -135,6 +135,14 @@ class ImagesDeclaration(StrictModel):
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
     """Larger images are rejected before they are decoded; PIL refuses more than 178,956,970."""
 
+    def white(self, dtype: str) -> float:
+        """The pixel value that counts as 1 in images of a type (uint8, uint16, float32)."""
+        return {
+            "uint8": 255.0,
+            "uint16": float(2 ** (self.bits_used or 16) - 1),
+            "float32": self.scale or 1.0,
+        }[dtype]
+
 
 class Declaration(StrictModel):
     """The whole of `schema.yaml`."""

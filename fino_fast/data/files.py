@@ -122,6 +122,30 @@ def _renamed(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
+def committed_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder under a temporary name; it becomes `folder` when the block ends without error.
+
+    Raises:
+        ConfigError: `folder` exists.
+        DiskFullError: no room left; nothing is left of the folder.
+        DataError: it cannot be made there.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder}: exists already; remove it or choose another folder")
+    draft = folder.with_name(f"{TEMPORARY}{folder.name}")
+    if draft.exists():
+        shutil.rmtree(draft)
+    make_folder(draft)
+    try:
+        yield draft
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
+    sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Say which file it is that a folder does not take; a full disk is the caller's to explain."""
     try:

@@ -64,12 +64,7 @@ def pixel_form(shards: ShardSet, split: str, views: Views) -> PixelForm:
 
 def white_value(shards: ShardSet, dtype: str) -> float:
     """The pixel value that counts as 1 in images of a type."""
-    declared = shards.schema.declaration.images
-    return {
-        "uint8": 255.0,
-        "uint16": float(2 ** (declared.bits_used or 16) - 1),
-        "float32": declared.scale or 1.0,
-    }[dtype]
+    return shards.schema.declaration.images.white(dtype)
 
 
 def decode_sample(shards: ShardSet, row: int, payload: bytes) -> Pixels:

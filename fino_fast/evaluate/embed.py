@@ -8,7 +8,6 @@ The folder appears under its name when it is complete, and is never written into
 """
 
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fino_fast.data import Loader, ShardSet
-from fino_fast.data.files import TEMPORARY, committed, read_json, sync_folder, write_json
+from fino_fast.data.files import committed, committed_folder, read_json, write_json
 from fino_fast.errors import ConfigError, DataError, MissingExtraError
 
 try:
@@ -121,14 +120,7 @@ def save(
         ConfigError: `folder` exists.
         DiskFullError: no room left; nothing is left of the folder.
     """
-    if folder.exists():
-        raise ConfigError(f"{folder}: exists already; remove it or choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f"{TEMPORARY}{folder.name}")
-    if draft.exists():
-        shutil.rmtree(draft)
-    draft.mkdir()
-    try:
+    with committed_folder(folder) as draft:
         features = np.ascontiguousarray(embeddings.features)
         with committed(draft / f"{FEATURES}.{file_format}") as file:
             if file_format == "npy":
@@ -152,11 +144,6 @@ def save(
                 "source": source,
             },
         )
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
-    sync_folder(folder.parent)
 
 
 def samples_table(rows: NDArray[np.int64], shards: ShardSet) -> pa.Table:

@@ -1,6 +1,5 @@
 """Reports that a person and a program can read: JSON, Markdown and PNG in one new folder."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fino_fast.data.files import TEMPORARY, committed, sync_folder, write_json
-from fino_fast.errors import ConfigError, MissingExtraError
+from fino_fast.data.files import committed, committed_folder, write_json
+from fino_fast.errors import MissingExtraError
 
 try:
     from matplotlib.figure import Figure
@@ -79,21 +78,10 @@ def write_report(
         ConfigError: `folder` exists.
         DiskFullError: no room left; nothing is left of the folder.
     """
-    if folder.exists():
-        raise ConfigError(f"{folder}: exists already; remove it or choose another folder")
-    draft = folder.with_name(f"{TEMPORARY}{folder.name}")
-    if draft.exists():
-        shutil.rmtree(draft)
-    draft.mkdir(parents=True)
-    try:
+    with committed_folder(folder) as draft:
         write_json(draft / f"{name}.json", content)
         with committed(draft / f"{name}.md") as file:
             file.write(markdown.encode())
         for title, figure in figures.items():
             with committed(draft / f"{title}.png") as file:
                 figure.savefig(file, format="png", dpi=DPI)
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
-    sync_folder(folder.parent)
