@@ -163,6 +163,7 @@ def native_build() -> dict[str, object]:
             "csrc/cpu/heads.cpp",
             "csrc/cpu/wide_head.cpp",
             "csrc/cpu/orthogonal.cpp",
+            "csrc/cpu/views.cpp",
         ],
         define_macros=[(f"FINO_HAVE_{level.upper()}", "1") for level in LEVELS],
         # Compiled without OpenMP, at::parallel_for is a plain loop. Not linked with it: the library

@@ -37,9 +37,13 @@ from resident import resident_after
 from torchvision.transforms import v2
 
 from fino_fast.data import Loader, ShardSet, Views
+from fino_fast.data.cut import Cutter, empty_views
+from fino_fast.data.dali_pipeline import to_torch
 from fino_fast.data.declaration import Declaration
 from fino_fast.data.engines import Engine, LocalEngine
 from fino_fast.data.ingest import Request, ingest, read_plans, write_tasks
+from fino_fast.data.pipeline import PixelForm
+from fino_fast.data.views import training_draws
 
 COUNT, BATCH, CORES, ROUNDS = 768, 64, 2, 3
 HERE = Path(__file__).parent
@@ -185,13 +189,17 @@ def usual_views() -> v2.Compose:
     """What PyTorch users write: a random resized crop, a flip, float, normalise."""
     return v2.Compose(
         [
-            v2.PILToTensor(),
             v2.RandomResizedCrop(224, scale=(0.3, 1.0), antialias=True),
             v2.RandomHorizontalFlip(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize([0.5], [0.5]),
         ]
     )
+
+
+def two_views(image: Image.Image, view: v2.Compose) -> torch.Tensor:
+    pixels = v2.functional.pil_to_tensor(image)
+    return torch.stack([view(pixels), view(pixels)])
 
 
 class Files(torch.utils.data.Dataset[torch.Tensor]):
@@ -205,8 +213,7 @@ class Files(torch.utils.data.Dataset[torch.Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        image = Image.open(self.files[index])
-        return torch.stack([self.transform(image), self.transform(image)])
+        return two_views(Image.open(self.files[index]), self.transform)
 
 
 class TarSample:
@@ -217,8 +224,7 @@ class TarSample:
         self.transform = usual_views()
 
     def __call__(self, sample: dict[str, bytes]) -> tuple[torch.Tensor]:
-        image = Image.open(io.BytesIO(sample[self.extension]))
-        return (torch.stack([self.transform(image), self.transform(image)]),)
+        return (two_views(Image.open(io.BytesIO(sample[self.extension])), self.transform),)
 
 
 class Chunks(litdata.StreamingDataset):
@@ -229,8 +235,7 @@ class Chunks(litdata.StreamingDataset):
         self.views = usual_views()  # `transform` is litdata's own
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        image = Image.open(io.BytesIO(super().__getitem__(index)["image"]))
-        return torch.stack([self.views(image), self.views(image)])
+        return two_views(Image.open(io.BytesIO(super().__getitem__(index)["image"])), self.views)
 
 
 def write_chunks(files: list[Path], folder: Path) -> None:
@@ -243,8 +248,17 @@ def write_chunks(files: list[Path], folder: Path) -> None:
 
 
 @pipeline_def(batch_size=BATCH, num_threads=CORES, device_id=None)
+def dali_decoded(tars: list[str], extension: str) -> Any:
+    """DALI's own reader in front of the decoder that ours stands in front of."""
+    encoded = fn.readers.webdataset(
+        paths=tars, ext=[extension], random_shuffle=True, initial_fill=256
+    )
+    return fn.decoders.image(encoded, output_type=types.GRAY, adjust_orientation=False)
+
+
+@pipeline_def(batch_size=BATCH, num_threads=CORES, device_id=None)
 def dali_webdataset(tars: list[str], extension: str) -> Any:
-    """DALI's own reader in front of the same operators as ours."""
+    """DALI from the reader to the finished views."""
     encoded = fn.readers.webdataset(
         paths=tars, ext=[extension], random_shuffle=True, initial_fill=256
     )
@@ -284,8 +298,13 @@ def test_loader(lab: Lab, benchmark: Any, tmp_path: Path) -> None:
     chunk_loader = litdata.StreamingDataLoader(
         Chunks(tmp_path / "chunks"), batch_size=BATCH, **workers
     )
-    pipe = dali_webdataset(tars, lab.files[0].suffix[1:])
+    pipe, decoder = (
+        graph(tars, lab.files[0].suffix[1:]) for graph in (dali_webdataset, dali_decoded)
+    )
     pipe.build()
+    decoder.build()
+    sides = np.full(BATCH, 300)
+    form = PixelForm("uint8", 1, 1, 255.0)
     epochs = iter(range(1, 1000))
 
     def own(backend: str) -> None:
@@ -307,6 +326,15 @@ def test_loader(lab: Lab, benchmark: Any, tmp_path: Path) -> None:
             for view, output in zip(stack, pipe.run(), strict=True):
                 view.copy_(torch.utils.dlpack.from_dlpack(output.as_tensor()))
 
+    def dali_reader_our_views() -> None:
+        epoch = next(epochs)
+        for start in range(0, COUNT, BATCH):
+            places = np.arange(start, start + BATCH)
+            draws, _ = training_draws(views, sides, sides, places, 0, epoch)
+            (decoded,) = decoder.run()
+            images = [to_torch(decoded[i]) for i in range(BATCH)]
+            Cutter(views, draws, form).cut(images, 0, empty_views(draws, BATCH, 1))
+
     contest(
         benchmark,
         COUNT,
@@ -314,6 +342,7 @@ def test_loader(lab: Lab, benchmark: Any, tmp_path: Path) -> None:
         {
             "DataLoader + PIL": torch_loader,
             "DALI webdataset": dali_reader,
+            "DALI reader, our views": dali_reader_our_views,
             "webdataset": tar_samples,
             "litdata": chunks,
             "our torch backend": lambda: own("torch"),

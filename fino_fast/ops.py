@@ -142,6 +142,33 @@ def orthogonal(
     return total, values.detach()
 
 
+def cut_views(
+    images: list[Tensor],
+    boxes: Tensor,
+    mirror_x: Tensor,
+    mirror_y: Tensor,
+    shift: Tensor,
+    divisor: Tensor,
+    out: Tensor,
+) -> None:
+    """Views of images: a box of each, resized by an antialiased bilinear filter
+    (`torch.nn.functional.interpolate`) that sees nothing beyond the box, mirrored, normalised.
+
+    Images are shared among torch's threads; a call for one image runs in the caller's.
+
+    Args:
+        images: B of [H, W, C] or [H, W, 1], uint8, uint16 or float32.
+        boxes: int64 [V, B, 4]; left, top and, excluded, right and bottom in pixels.
+        mirror_x, mirror_y: bool [V, B].
+        shift, divisor: float32 [V, B, C]; a view is (resized − shift) / divisor.
+        out: float32 [V, B, C, S, S], written; every view of it contiguous.
+
+    Raises:
+        RuntimeError: shapes or types differ from these, or a box is empty or leaves its image.
+    """
+    torch.ops.fino.cut_views(images, boxes, mirror_x, mirror_y, shift, divisor, out)
+
+
 def _contrastive_forward_fake(
     rows: Tensor,
     columns: Tensor,
@@ -252,6 +279,18 @@ def _orthogonal_forward_fake(
     )
 
 
+def _cut_views_fake(
+    images: list[Tensor],
+    boxes: Tensor,
+    mirror_x: Tensor,
+    mirror_y: Tensor,
+    shift: Tensor,
+    divisor: Tensor,
+    out: Tensor,
+) -> None:
+    """Writes into `out` and returns nothing."""
+
+
 # Every backward pass reads the gradient of the first output alone. Unless told not to, autograd
 # would make zeros for the others, as large as the rows and banks; so None is what may come.
 
@@ -355,6 +394,7 @@ if LOAD_ERROR is None:
         ("wide_head_forward", _wide_head_forward_fake),
         ("wide_head_backward", _wide_head_backward_fake),
         ("orthogonal_forward", _orthogonal_forward_fake),
+        ("cut_views", _cut_views_fake),
     ):
         torch.library.register_fake(f"fino::{_name}", _fake)
     torch.library.register_autograd(

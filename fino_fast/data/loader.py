@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from fino_fast.errors import ConfigError, DataError, MissingExtraError
 
-from .dali_pipeline import DaliPipeline, import_dali
+from .dali_pipeline import DaliDecoding, import_dali
+from .dali_views import DaliViews
 from .engines import processors
 from .files import canonical_json
 from .pipeline import Pipeline, pixel_form
@@ -334,19 +335,20 @@ class Loader:
 
     def _pipeline(self, training: bool) -> Pipeline:
         if training not in self._pipelines:
-            counts = [(self.views.count if training else 1, self.views.size)]
-            if training and self.views.local_count:
-                counts.append((self.views.local_count, self.views.local_size))
-            size = self.batch_size + 1
-            if self.backend == "torch":
-                self._pipelines[training] = TorchPipeline(
-                    self.shards, self.views, self._form, size, self._threads
-                )
-            else:
-                self._pipelines[training] = DaliPipeline(
-                    self.shards, self.views, self._form, size, self._threads, self.device, counts
-                )
+            self._pipelines[training] = self._build_pipeline(training)
         return self._pipelines[training]
+
+    def _build_pipeline(self, training: bool) -> Pipeline:
+        size = self.batch_size + 1
+        common = (self.shards, self.views, self._form, size, self._threads)
+        if self.backend == "torch":
+            return TorchPipeline(*common)
+        if self.device.type == "cpu":
+            return DaliDecoding(*common, self.device)
+        counts = [(self.views.count if training else 1, self.views.size)]
+        if training and self.views.local_count:
+            counts.append((self.views.local_count, self.views.local_size))
+        return DaliViews(*common, self.device, counts)
 
 
 def _choose_backend(backend: Backend, device: torch.device) -> Literal["dali", "torch"]:

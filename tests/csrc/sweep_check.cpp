@@ -21,6 +21,7 @@
 #include "cpu/heads.h"
 #include "cpu/orthogonal.h"
 #include "cpu/rows.h"
+#include "cpu/views.h"
 #include "cpu/wide_head.h"
 
 namespace {
@@ -377,6 +378,54 @@ void check_projections() {
 }  // namespace
 
 // The largest error since it was last asked for.
+// A box of an image as its mirrored views of one size: sums over the triangle filter, pixel by pixel.
+template <typename T>
+void check_view(std::mt19937& generator, const fino::Box& box, int64_t channels, int64_t size) {
+  const int64_t height = box.bottom, width = box.right + 1;
+  std::uniform_int_distribution<int> value(0, 255);
+  std::vector<T> pixels(height * width * channels);
+  for (T& pixel : pixels) pixel = T(value(generator));
+  const int64_t planes = channels == 1 ? 3 : channels;
+  std::vector<float> shift(planes, 10), divisor(planes, 300), out(planes * size * size);
+  fino::cut_view(fino::Picture<T>{pixels.data(), width, channels}, box, true, false, size, planes,
+                 shift.data(), divisor.data(), out.data());
+  const auto weights = [size](int64_t input, int64_t i) {
+    const double step = double(input) / double(size), reach = std::max(step, 1.0);
+    Vector found(input);
+    double total = 0;
+    for (int64_t j = 0; j < input; ++j) {
+      found[j] = std::max(0.0, 1 - std::abs(double(j) + 0.5 - step * (double(i) + 0.5)) / reach);
+      total += found[j];
+    }
+    for (double& weight : found) weight /= total;
+    return found;
+  };
+  for (int64_t y = 0; y < size; ++y) {
+    const Vector down = weights(box.bottom - box.top, y);
+    for (int64_t x = 0; x < size; ++x) {
+      const Vector across = weights(box.right - box.left, x);
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        double sum = 0;
+        for (size_t j = 0; j < down.size(); ++j)
+          for (size_t k = 0; k < across.size(); ++k)
+            sum += down[j] * across[k] *
+                   pixels[((box.top + j) * width + box.left + k) * channels +
+                          (channels == 1 ? 0 : plane)];
+        compare(out[(plane * size + y) * size + size - 1 - x], (sum - 10) / 300);
+      }
+    }
+  }
+}
+
+void check_views(std::mt19937& generator) {
+  for (const fino::Box& box : {fino::Box{0, 0, 1, 1}, fino::Box{2, 1, 9, 30}, fino::Box{0, 3, 33, 8}})
+    for (const int64_t size : {1, 7, 18}) {
+      check_view<uint8_t>(generator, box, 1, size);
+      check_view<uint16_t>(generator, box, 2, size);
+      check_view<float>(generator, box, 3, size);
+    }
+}
+
 double taken() { return std::exchange(worst, 0); }
 
 int main() {
@@ -387,6 +436,7 @@ int main() {
   check_projections<float>();
   std::mt19937 generator(1);
   check_threads(generator);
+  check_views(generator);
   const double single = taken();
   check_sweeps<float, fino::Bf16>();
   const double half = taken();
