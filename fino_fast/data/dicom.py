@@ -3,6 +3,7 @@
 No attribute is copied into a shard, so none that could name a patient is.
 """
 
+import importlib.util
 import io
 from typing import Any
 
@@ -40,12 +41,15 @@ def prepare_dicom(data: bytes, limits: ImagesDeclaration) -> Stored:
     pydicom = import_pydicom()
     try:
         dataset = pydicom.dcmread(io.BytesIO(data))
+        if "SamplesPerPixel" not in dataset:
+            raise ImageRejected("no_pixels", "a DICOM object that is no image")
         frames = int(dataset.get("NumberOfFrames", 1) or 1)
         samples, allocated = int(dataset.SamplesPerPixel), int(dataset.BitsAllocated)
         height, width = int(dataset.Rows), int(dataset.Columns)
         if frames != 1:
             raise ImageRejected("multi_page", f"{frames} frames; export the one that you mean")
         check_size(height, width, samples, max(allocated // 8, 1), len(data), limits)
+        _check_decoder(pydicom, dataset.file_meta.TransferSyntaxUID)
         return converted(_pixels(pydicom, dataset), "YXS" if samples > 1 else "YX")
     except (ImageRejected, FinoError):
         raise
@@ -53,6 +57,20 @@ def prepare_dicom(data: bytes, limits: ImagesDeclaration) -> Stored:
         # On damaged files pydicom and its decoders raise whatever their parsing ran into.
         detail = f"{type(error).__name__}: {error}"
         raise ImageRejected("decode_failed", detail) from error
+
+
+def _check_decoder(pydicom: Any, syntax: Any) -> None:
+    """Tell a decoder that is not installed from a damaged image.
+
+    Raises:
+        MissingExtraError: the extra brings one.
+        ImageRejected: nobody has one.
+    """
+    if not syntax.is_encapsulated or pydicom.pixels.get_decoder(syntax).is_available:
+        return
+    if importlib.util.find_spec("gdcm") is None:
+        raise MissingExtraError("python-gdcm", "dicom")
+    raise ImageRejected("decode_failed", f"no decoder reads the transfer syntax {syntax.name}")
 
 
 def _pixels(pydicom: Any, dataset: Any) -> NDArray[Any]:

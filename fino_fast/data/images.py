@@ -27,15 +27,12 @@ def prepare(data: bytes, limits: ImagesDeclaration, *, check: bool = True) -> St
     """
     if not data:
         raise ImageRejected("empty_file", "the file has no bytes")
-    for magic, reader in _READERS:
-        if data.startswith(magic):
-            stored = reader(data, limits, check)
-            break
+    # First: what stands in front of a DICOM file may look like the beginning of a TIFF.
+    if data[128:132] == b"DICM":
+        stored = prepare_dicom(data, limits)
     else:
-        if data[128:132] == b"DICM":
-            stored = prepare_dicom(data, limits)
-        else:
-            stored = prepare_other(data, limits)
+        readers = (reader for magic, reader in _READERS if data.startswith(magic))
+        stored = next(readers, prepare_other)(data, limits, check)
     if limits.channels is not None and stored.channels != limits.channels:
         raise ImageRejected(
             "wrong_channels",

@@ -98,7 +98,7 @@ def prepare_jpeg(data: bytes, limits: ImagesDeclaration, check: bool) -> Stored:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         # Damaged, or of a sampling that libjpeg-turbo decodes and its interface has no name for.
-        return prepare_other(data, limits)
+        return prepare_other(data, limits, check)
     if colour not in _JPEG_CHANNELS:
         raise ImageRejected(
             "unsupported_color",
@@ -135,7 +135,7 @@ def _orientation(image: Image.Image) -> int:
         raise ImageRejected("header_damaged", f"EXIF: {error}") from error
 
 
-def prepare_other(data: bytes, limits: ImagesDeclaration) -> Stored:
+def prepare_other(data: bytes, limits: ImagesDeclaration, _check: bool) -> Stored:
     """BMP, GIF, WebP and whatever else PIL reads: one frame, 8 bits, converted."""
     image = _open(data)
     width, height = image.size

@@ -77,7 +77,9 @@ def exact_dtype(pixels: NDArray[Any]) -> Pixels:
     single = pixels.astype(np.float32)
     if not np.isfinite(single).all():
         raise ImageRejected("not_finite", "a pixel is NaN or infinite")
-    if not np.array_equal(single.astype(pixels.dtype), pixels):
+    # Rounded up beyond the integer type: casting it back would give whatever the machine likes.
+    overflows = pixels.dtype.kind in "iu" and float(single.max()) > np.iinfo(pixels.dtype).max
+    if overflows or not np.array_equal(single.astype(pixels.dtype), pixels):
         raise ImageRejected(
             "precision_loss", f"{pixels.dtype} values do not fit float32 exactly; rescale them"
         )

@@ -2,6 +2,7 @@
 exactly, or rejected with a code. Bad bytes give nothing but `ImageRejected`."""
 
 import contextlib
+import importlib.util
 import io
 import re
 import struct
@@ -27,6 +28,7 @@ from fino_fast import data as package
 from fino_fast.data.declaration import ImagesDeclaration
 from fino_fast.data.images import decode, prepare
 from fino_fast.data.stored import ImageRejected, Stored
+from fino_fast.errors import MissingExtraError
 
 from .labs import pixels, png
 
@@ -174,8 +176,12 @@ def test_other_number_types_keep_their_values(dtype: str) -> None:
     np.testing.assert_array_equal(stored.astype(dtype), image)
 
 
+@pytest.mark.filterwarnings("error")
 def test_values_that_no_stored_type_holds_are_rejected() -> None:
     assert rejection(plain_tiff(np.full((4, 4, 1), 2**24 + 1, np.uint32))) == "precision_loss"
+    # 2³² − 1 becomes 2³² in float32, which no uint32 can be compared with.
+    assert rejection(plain_tiff(np.full((4, 4, 1), 2**32 - 1, np.uint32))) == "precision_loss"
+    assert rejection(plain_tiff(np.full((4, 4, 1), 2**31 - 1, np.int32))) == "precision_loss"
     assert rejection(plain_tiff(np.full((4, 4, 1), 0.1, np.float64))) == "precision_loss"
     assert rejection(plain_tiff(np.full((4, 4, 1), np.nan, np.float32))) == "not_finite"
     assert rejection(plain_tiff(np.full((4, 4, 1), np.inf, np.float64))) == "not_finite"
@@ -268,6 +274,91 @@ def test_dicom_that_cannot_be_taken() -> None:
     assert rejection(dicom(image, NumberOfFrames=2)) == "multi_page"
     assert rejection(dicom(image)[:-100]) == "decode_failed"
     assert rejection(dicom(image, "PALETTE COLOR")) in ("unsupported_color", "decode_failed")
+
+
+DICOM_FILES = sorted((Path(pydicom.__file__).parent / "data" / "test_files").glob("*.dcm"))
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_dicom_files_of_many_makers() -> None:
+    """pydicom's own collection: its pixels, or a rejection; some begin like a TIFF."""
+    taken = {}
+    for path in DICOM_FILES:
+        data = path.read_bytes()
+        try:
+            stored = prepare(data, LIMITS)
+        except ImageRejected:
+            continue
+        dataset = pydicom.dcmread(path)
+        expected = pydicom.pixels.apply_modality_lut(dataset.pixel_array, dataset)
+        image = taken[path.stem] = decode(stored.payload, stored.extension)
+        np.testing.assert_array_equal(np.squeeze(image), expected.astype(np.float32))
+    assert len(taken) > 40
+    assert {encoded(name)[:4] for name in taken} >= {b"II*\0", bytes(4)}
+    one = taken["MR_small"]
+    same = ("RLE", "bigendian", "expb", "implicit", "jp2klossless", "jpeg_ls_lossless", "padded")
+    for name in same:
+        np.testing.assert_array_equal(taken[f"MR_small_{name}"], one)
+    assert taken["SC_rgb_jpeg_gdcm"][5, 50].tolist() == [255, 0, 0]
+    assert rejection(encoded("MR_truncated")) == "decode_failed"
+    assert rejection(encoded("rtdose")) == "multi_page"
+    assert rejection(encoded("test-SR")) == "no_pixels"
+
+
+def encoded(name: str) -> bytes:
+    return next(path for path in DICOM_FILES if path.stem == name).read_bytes()
+
+
+@pytest.mark.parametrize("gdcm_is_there", [False, True])
+def test_a_dicom_decoder_that_is_missing_rejects_no_image(
+    monkeypatch: pytest.MonkeyPatch, gdcm_is_there: bool
+) -> None:
+    """JPEG-LS, which only an optional package decodes; or which nobody would."""
+    decoder = pydicom.pixels.get_decoder(pydicom.uid.JPEGLSLossless)
+    monkeypatch.setattr(decoder, "_available", {})
+    found = importlib.util.find_spec("gdcm") if gdcm_is_there else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: found)
+    data = encoded("MR_small_jpeg_ls_lossless")
+    if gdcm_is_there:
+        assert rejection(data) == "decode_failed"
+        return
+    with pytest.raises(MissingExtraError, match=r"python-gdcm .*fino-fast\[dicom\]"):
+        prepare(data, LIMITS)
+
+
+GEO_TAGS = [
+    (33550, "d", 3, (10.0, 10.0, 0.0), False),
+    (33922, "d", 6, (0.0, 0.0, 0.0, 5e5, 4.6e6, 0.0), False),
+    (34735, "H", 8, (1, 1, 0, 1, 3072, 0, 1, 32633), False),
+]
+
+
+def test_geotiff() -> None:
+    """As GDAL writes it: tiled and interleaved passes, bands are brought together, and of a
+    cloud-optimised one the overviews are left out. A mask makes two images of a file."""
+    image = noise("uint16", 4)
+    tags: dict[str, Any] = {"extratags": GEO_TAGS, "metadata": None}
+    tiles: dict[str, Any] = {"tile": (16, 16), "compression": "deflate", "predictor": True}
+    data = plain_tiff(image, extratags=GEO_TAGS, **tiles)
+    assert prepare(data, LIMITS).payload == data
+    np.testing.assert_array_equal(dali_pixels(prepare(data, LIMITS)), image)
+    bands = np.ascontiguousarray(image.transpose(2, 0, 1))
+    separate = tiff(bands, photometric="minisblack", planarconfig="separate", **tags)
+    np.testing.assert_array_equal(converted(separate), image)
+    rgb = np.ascontiguousarray(image[:, :, :3])
+    pyramid = pages((rgb, {}), (rgb[::2, ::2], {"subfiletype": 1}), photometric="rgb", **tags)
+    np.testing.assert_array_equal(converted(pyramid), rgb)
+    mask = pages((rgb, {}), (rgb[:, :, 0] > 9, {"subfiletype": 4}), metadata=None)
+    assert rejection(mask) == "multi_page"
+
+
+def pages(*images: tuple[np.ndarray, dict[str, Any]], **options: Any) -> bytes:
+    """A TIFF of several pages, each with options of its own."""
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        for image, own in images:
+            writer.write(image, **(options | own))
+    return buffer.getvalue()
 
 
 def test_declared_channels_are_kept_to() -> None:
