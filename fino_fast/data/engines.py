@@ -4,8 +4,10 @@ A task is a pure function, so a lost worker costs time and nothing else: its tas
 a task that keeps killing its workers is named.
 """
 
+import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,7 @@ ResultT = TypeVar("ResultT")
 
 ATTEMPTS = 3
 """How often a task is tried when its worker dies."""
+_ANSWER_SECONDS = 10.0
 
 
 def processors() -> int:
@@ -141,8 +144,7 @@ class RayEngine:
         ray = import_ray()
         own = not ray.is_initialized()
         if own:
-            local = {} if self.address else {"num_cpus": self.workers, "include_dashboard": False}
-            ray.init(address=self.address, log_to_driver=False, **local)
+            self._connect(ray)
         try:
             remote = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(lambda task: function(task))
             waiting = list(tasks)[::-1]
@@ -158,6 +160,39 @@ class RayEngine:
         finally:
             if own:
                 ray.shutdown()
+
+    def _connect(self, ray: Any) -> None:
+        """Join the cluster, or start a Ray of this run's own.
+
+        Raises:
+            DataError: there is no Ray at the address, or none can be started here.
+        """
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self.address is None:
+            # "local": without it Ray would join whatever cluster this machine is part of.
+            options |= {"num_cpus": self.workers, "include_dashboard": False}
+        else:
+            _check_answers(self.address)
+        try:
+            ray.init(address=self.address or "local", **options)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            where = f"at {self.address} cannot be joined" if self.address else "does not start here"
+            raise DataError(f"Ray {where}: {error}") from error
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address where nobody listens, which Ray would go on asking for minutes.
+
+    Raises:
+        DataError: the connection is refused, or not answered within seconds.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdecimal():  # "auto": Ray looks by itself, and does not wait
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise DataError(f"ray-address: {address} does not answer: {error}") from error
 
 
 def import_ray() -> Any:

@@ -1,5 +1,6 @@
 """Ray writes the same bytes, survives killed workers, and reports errors as they were raised."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+from ray.cluster_utils import Cluster
 
 from fino_fast.data.engines import RayEngine
 from fino_fast.data.ingest import ingest
@@ -16,20 +18,30 @@ from fino_fast.errors import DataError, DiskFullError
 
 from .labs import Lab
 from .stores import BUCKET, objects
-from .test_faults import KillAlways, KillOnce, Replaced
+from .test_faults import KillAlways, KillOnce, Replaced, command
 from .test_ingest import content
 
 
 @pytest.fixture(scope="module")
-def engine(s3: ThreadedMotoServer) -> Iterator[RayEngine]:
-    """An engine on a Ray that is started once for all tests; its workers find the S3 server."""
+def cluster(s3: ThreadedMotoServer) -> Iterator[Cluster]:
+    """Two nodes of one processor, whose workers find the S3 server."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray's workers do not find the tests' own modules: send them along.
-        ray.cloudpickle.register_pickle_by_value(sys.modules[KillOnce.__module__])
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield RayEngine()
-        ray.shutdown()
+        node = {"num_cpus": 1, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=node)
+        cluster.add_node(num_cpus=1)
+        yield cluster
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def engine(cluster: Cluster) -> Iterator[RayEngine]:
+    """An engine on the cluster, joined once for all tests."""
+    # Ray's workers do not find the tests' own modules: send them along.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[KillOnce.__module__])
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield RayEngine()
+    ray.shutdown()
 
 
 def test_same_bytes_also_with_a_killed_worker(lab: Lab, engine: RayEngine, tmp_path: Path) -> None:
@@ -63,3 +75,31 @@ def test_our_own_errors_arrive_as_they_were_raised(lab: Lab, engine: RayEngine) 
     lab.save()
     with pytest.raises(DiskFullError, match=r"shard-0000-\d+: no room left"):
         ingest(lab.request(), Replaced(full, engine))
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_the_command_joins_a_cluster_or_starts_its_own(
+    lab: Lab, cluster: Cluster, tmp_path: Path, joins: bool
+) -> None:
+    """Without an address it leaves the cluster alone that this machine is part of; both are
+    silent in a pipe."""
+    lab.ingest()
+    address = ["--ray-address", cluster.address] if joins else []
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [*command(lab, "--out", str(out), "--engine", "ray"), *address],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert content(out) == content(lab.out)
+
+
+def test_an_address_where_no_ray_is(lab: Lab) -> None:
+    lab.save()
+    nobody = [*command(lab, "--engine", "ray"), "--ray-address", "127.0.0.1:1"]
+    done = subprocess.run(nobody, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "ray-address: 127.0.0.1:1 does not answer: " in done.stderr
+    assert "Traceback" not in done.stderr
