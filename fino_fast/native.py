@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .distributed import gather_views, rank
+from .distributed import gather_views, rank, world_size
 from .reference import accumulation_dtype, orthonormal_design
 from .terms import ContrastiveCall, HeadCall, HeadResult, OrthogonalCall, Step, StepResult
 
@@ -37,9 +37,16 @@ class Native:
 
 
 def _contrastive(call: ContrastiveCall, deterministic: bool) -> Tensor:
+    if world_size() == 1:
+        want = torch.is_grad_enabled() and (
+            call.rows.requires_grad or call.logit_scale.requires_grad
+        )
+        return ops.contrastive(
+            call.rows, call.logit_scale, call.views, call.two_tower, want, deterministic
+        )
     columns = gather_views(call.rows.detach(), call.views)
     first = rank() * (call.rows.shape[0] // call.views)
-    loss, _ = ops.contrastive(
+    loss, _ = ops.ranks_contrastive(
         call.rows, columns, call.logit_scale, call.views, first, call.two_tower, deterministic
     )
     return loss

@@ -5,7 +5,7 @@ The operators are registered under `torch.ops.fino` by importing the extension `
 """
 
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,34 @@ except ImportError as error:
 
 def contrastive(
     rows: Tensor,
+    logit_scale: Tensor,
+    views: int,
+    two_tower: bool,
+    want_gradient: bool,
+    deterministic: bool = False,
+) -> Tensor:
+    """The contrastive loss of one process's batch (`reference.contrastive_rows`).
+
+    The gradients are computed together with the loss.
+
+    Args:
+        rows: [V·B, P], view-major.
+        logit_scale: 0-d, 1/τ.
+        views: V; two_tower: CLIP's form.
+        want_gradient: whether the backward pass will want them.
+        deterministic: of `terms.Step`, here and below.
+
+    Returns:
+        0-d mean of loss_i.
+    """
+    loss, _, _ = torch.ops.fino.contrastive_forward(
+        rows, logit_scale, views, two_tower, want_gradient, deterministic
+    )
+    return cast(Tensor, loss)
+
+
+def ranks_contrastive(
+    rows: Tensor,
     columns: Tensor,
     logit_scale: Tensor,
     views: int,
@@ -35,21 +63,21 @@ def contrastive(
     two_tower: bool,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The local rows' share of the contrastive loss (`reference.contrastive_rows`).
+    """The local rows' share of the contrastive loss of all ranks.
 
     In its backward pass the loss sends `rows` the gradient of the *whole* batch's loss, for which
     the other ranks' log-sum-exps are gathered; `columns` gets none.
 
     Args:
         rows: [V·B, P]; columns: [V·C, P], view-major rows of all ranks.
-        logit_scale: 0-d, 1/τ.
-        views: V; first: index of the first local image; two_tower: CLIP's form.
-        deterministic: of `terms.Step`, here and below.
+        first: index of the first local image.
+
+        The others are those of `contrastive`.
 
     Returns:
         (0-d Σ_i loss_i / (V·C), [V·B] log-sum-exp of every row).
     """
-    result: tuple[Tensor, Tensor] = torch.ops.fino.contrastive_forward(
+    result: tuple[Tensor, Tensor] = torch.ops.fino.ranks_contrastive_forward(
         rows, columns, logit_scale, views, first, two_tower, deterministic
     )
     return result
@@ -171,6 +199,22 @@ def cut_views(
 
 def _contrastive_forward_fake(
     rows: Tensor,
+    scale: Tensor,
+    views: int,
+    two_tower: bool,
+    want_gradient: bool,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(rows.dtype)
+    return (
+        rows.new_empty((), dtype=dtype),
+        rows.new_empty(rows.shape if want_gradient else (0,), dtype=dtype),
+        rows.new_empty(() if want_gradient else (0,), dtype=dtype),
+    )
+
+
+def _ranks_contrastive_forward_fake(
+    rows: Tensor,
     columns: Tensor,
     scale: Tensor,
     views: int,
@@ -182,7 +226,7 @@ def _contrastive_forward_fake(
     return rows.new_empty((), dtype=dtype), rows.new_empty(rows.shape[0], dtype=dtype)
 
 
-def _contrastive_backward_fake(
+def _ranks_contrastive_backward_fake(
     grad: Tensor,
     rows: Tensor,
     columns: Tensor,
@@ -295,23 +339,6 @@ def _cut_views_fake(
 # would make zeros for the others, as large as the rows and banks; so None is what may come.
 
 
-def _contrastive_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    rows, columns, logit_scale, *ctx.rest = inputs
-    ctx.save_for_backward(rows, columns, logit_scale, output[1])
-
-
-def _contrastive_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 7
-    rows, columns, logit_scale, lse = ctx.saved_tensors
-    lse_columns = gather_views(lse, ctx.rest[0])
-    grad_rows, grad_scale = torch.ops.fino.contrastive_backward(
-        grad, rows, columns, logit_scale, lse, lse_columns, *ctx.rest
-    )
-    return grad_rows, None, grad_scale, *[None] * 4
-
-
 def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """saved · factor; in its own memory where no later backward pass can ask for it again.
 
@@ -321,6 +348,38 @@ def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if is_in_torch_dispatch_mode() or torch._C._autograd._get_current_graph_task_keep_graph():
         return (saved * factor).to(dtype)
     return saved.mul_(factor).to(dtype)
+
+
+def _contrastive_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [tensor.dtype for tensor in inputs[:2]]
+    ctx.save_for_backward(*output[1:])
+
+
+def _contrastive_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return *(_scaled(tensor, grad, dtype) for tensor, dtype in saved), *[None] * 4
+
+
+def _ranks_contrastive_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    ctx.set_materialize_grads(False)
+    rows, columns, logit_scale, *ctx.rest = inputs
+    ctx.save_for_backward(rows, columns, logit_scale, output[1])
+
+
+def _ranks_contrastive_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    rows, columns, logit_scale, lse = ctx.saved_tensors
+    lse_columns = gather_views(lse, ctx.rest[0])
+    grad_rows, grad_scale = torch.ops.fino.ranks_contrastive_backward(
+        grad, rows, columns, logit_scale, lse, lse_columns, *ctx.rest
+    )
+    return grad_rows, None, grad_scale, *[None] * 4
 
 
 def _heads_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -389,7 +448,8 @@ def _orthogonal_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
 if LOAD_ERROR is None:
     for _name, _fake in (
         ("contrastive_forward", _contrastive_forward_fake),
-        ("contrastive_backward", _contrastive_backward_fake),
+        ("ranks_contrastive_forward", _ranks_contrastive_forward_fake),
+        ("ranks_contrastive_backward", _ranks_contrastive_backward_fake),
         ("heads_forward", _heads_forward_fake),
         ("wide_head_forward", _wide_head_forward_fake),
         ("wide_head_backward", _wide_head_backward_fake),
@@ -399,6 +459,11 @@ if LOAD_ERROR is None:
         torch.library.register_fake(f"fino::{_name}", _fake)
     torch.library.register_autograd(
         "fino::contrastive_forward", _contrastive_backward, setup_context=_contrastive_context
+    )
+    torch.library.register_autograd(
+        "fino::ranks_contrastive_forward",
+        _ranks_contrastive_backward,
+        setup_context=_ranks_contrastive_context,
     )
     torch.library.register_autograd(
         "fino::heads_forward", _heads_backward, setup_context=_heads_context

@@ -156,6 +156,15 @@ def test_contrastive_equals_the_oracle(images, views, two_tower, tau):
     )
 
 
+def test_more_tiles_than_are_kept_between_the_visits():
+    rows = torch.randn(4200, 3)
+    ours, eager, exact = (
+        contrastive_gradients(terms, x, 0.1, False, 2)
+        for terms, x in ((NATIVE, rows), (EAGER, rows), (EAGER, rows.double()))
+    )
+    assert_as_exact_as_eager(ours, eager, exact, floor=1e-6)
+
+
 @pytest.mark.parametrize("tau", [0.0251, 0.0249])
 def test_contrastive_on_either_side_of_the_bounded_form(tau):
     """Opposite rows: every negative logit is at its lowest possible value."""
@@ -307,13 +316,14 @@ def operator_samples(dtype: torch.dtype) -> Iterator[tuple[object, tuple[object,
     rows = torch.randn(6, 4, dtype=dtype, requires_grad=True)
     scale = torch.tensor(5.0, dtype=dtype, requires_grad=True)
     forward = torch.ops.fino.contrastive_forward.default
-    yield forward, (rows, rows.detach(), scale, 2, 0, False)
-    # Columns of other ranks too: outside a process group there is no one to ask for a gradient.
+    yield forward, (rows, scale, 2, False, True)
+    yield forward, (rows.detach(), scale.detach(), 2, True, False)
+    # Columns of other ranks: outside a process group there is no one to ask for a gradient.
     fixed = (rows.detach(), torch.randn(10, 4, dtype=dtype), scale.detach())
-    yield forward, (*fixed, 2, 2, True)
+    yield torch.ops.fino.ranks_contrastive_forward.default, (*fixed, 2, 2, True)
     lse = torch.randn(6, dtype=dtype)
     yield (
-        torch.ops.fino.contrastive_backward.default,
+        torch.ops.fino.ranks_contrastive_backward.default,
         (torch.ones((), dtype=dtype), *fixed, lse, torch.randn(10, dtype=dtype), 2, 2, True),
     )
     for want in (False, True):
@@ -374,7 +384,7 @@ def test_wrong_calls_of_the_contrastive_operator(change, message):
     arguments = {"rows": torch.zeros(6, 4), "columns": torch.zeros(6, 4), "views": 2, "first": 0}
     arguments |= {"logit_scale": torch.ones(()), "two_tower": False} | change
     with pytest.raises(RuntimeError, match=message):
-        ops.contrastive(**arguments)
+        ops.ranks_contrastive(**arguments)
 
 
 def test_a_target_beyond_the_bank_is_an_error_and_no_wild_read():

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <utility>
+#include <vector>
 
 #include "operand.h"
 #include "sweep.h"
@@ -11,69 +12,95 @@
 namespace fino {
 namespace {
 
-// Side of the square tiles of `pair_sweep`: large enough for the library's product to run near its
-// full rate, small enough for a second-level cache (measured: docs/kernels.md). A function of n
-// alone, so that the result does not depend on the number of threads.
-int64_t pair_side(int64_t n) { return n >= 8192 ? 384 : 256; }
+// Side of the square tiles of `PairSweep`: large enough for the library's product to run near its full
+// rate, small enough for a second-level cache and for every thread to get its share (measured:
+// docs/kernels.md). A function of n alone, so that the result does not depend on the threads.
+int64_t pair_side(int64_t n) { return n <= 512 ? 128 : n < 8192 ? 256 : 512; }
 
-// The tile loop of the symmetric sweep: visit(tile, its operand, row offset, rows, column offset,
-// columns, whether the rows are the columns) for every unordered pair of blocks that meet, with the
-// tile of their cosines. Two towers: the first half of the rows meets the second.
-template <typename T, typename P, typename Visit>
-void pair_sweep(const Runtime<T, P>& runtime, const P* unit, int64_t n, int64_t d, bool two_tower,
-                const Visit& visit) {
-  // The part of the rows that is cut into blocks; in two towers each tower by itself.
-  const int64_t part = two_tower ? n / 2 : n;
-  const int64_t side = pair_side(n), blocks = (part + side - 1) / side;
-  const auto bounds = [&](int64_t block) {
-    const int64_t first = block % blocks * side;
-    return std::pair{block / blocks * part + first, std::min(side, part - first)};
-  };
-  const auto prepare = [&] {
-    return [&, tile = scratch<T>(side * side),
-            operand = Operand<T, P>(side * side)](const Pair& pair) mutable {
-      const auto [i, rows] = bounds(pair.row);
-      const auto [j, columns] = bounds(pair.column);
-      runtime.gemm(false, true, rows, columns, d, T(1), unit + i * d, d, unit + j * d, d, false,
-                   tile.get(), columns);
-      visit(tile.get(), operand, i, rows, j, columns, pair.row == pair.column);
+// The tiles of the symmetric sweep: every unordered pair of blocks that meet, with their cosines. Two
+// towers: the first half of the rows meets the second.
+template <typename T, typename P>
+class PairSweep {
+ public:
+  // `twice`: a second visit follows, for which the first keeps as many tiles as `scratch_bytes` hold.
+  PairSweep(const Runtime<T, P>& runtime, const P* unit, int64_t n, int64_t d, bool two_tower,
+            bool twice)
+      : runtime_(runtime),
+        unit_(unit),
+        d_(d),
+        part_(two_tower ? n / 2 : n),
+        side_(std::min(pair_side(n), part_)),
+        blocks_((part_ + side_ - 1) / side_),
+        pairs_(two_tower ? towers(blocks_) : tournament(blocks_)) {
+    const int64_t fit = scratch_bytes / static_cast<int64_t>(sizeof(T)) / (side_ * side_);
+    if (twice) count_ = std::min<int64_t>(fit, pairs_.size());
+    kept_ = scratch<T>(count_ * side_ * side_);
+  }
+
+  // Calls visit(tile, its operand, row offset, rows, column offset, columns, whether the rows are the
+  // columns) for every pair. A visitor must leave the tiles of the first visit as they are.
+  template <typename Visit>
+  void visit(const Visit& visit) {
+    const auto prepare = [&] {
+      return [&, own = scratch<T>(side_ * side_),
+              operand = Operand<T, P>(side_ * side_)](const Pair& pair) mutable {
+        const auto [i, rows] = bounds(pair.row);
+        const auto [j, columns] = bounds(pair.column);
+        const bool kept = pair.number < count_;
+        T* tile = kept ? kept_.get() + pair.number * side_ * side_ : own.get();
+        if (!(kept && visited_))
+          runtime_.gemm(false, true, rows, columns, d_, T(1), unit_ + i * d_, d_, unit_ + j * d_, d_,
+                        false, tile, columns);
+        visit(tile, operand, i, rows, j, columns, pair.row == pair.column);
+      };
     };
-  };
-  in_turn(two_tower ? towers(blocks) : tournament(blocks), runtime.parallel, prepare);
-}
+    in_turn(pairs_, runtime_.parallel, prepare);
+    visited_ = true;
+  }
+
+ private:
+  // First row and rows of a block; the blocks of the second tower follow those of the first.
+  std::pair<int64_t, int64_t> bounds(int64_t block) const {
+    const int64_t first = block % blocks_ * side_;
+    return {block / blocks_ * part_ + first, std::min(side_, part_ - first)};
+  }
+
+  const Runtime<T, P>& runtime_;
+  const P* unit_;
+  const int64_t d_, part_, side_, blocks_;
+  const std::vector<Pair> pairs_;
+  int64_t count_ = 0;
+  Scratch<T> kept_;
+  bool visited_ = false;
+};
 
 }  // namespace
 
 template <typename T, typename P>
-void pair_logsumexp(const Runtime<T, P>& runtime, const P* unit, int64_t n, int64_t d, T scale,
-                    bool two_tower, T* lse) {
-  std::fill(lse, lse + n, T(0));
-  pair_sweep(runtime, unit, n, d, two_tower,
-             [&](T* tile, Operand<T, P>&, int64_t i, int64_t rows, int64_t j, int64_t columns,
-                 bool diagonal) {
-               epilogues<T>().pair_sums(tile, rows, columns, scale, diagonal, lse + i, lse + j);
-             });
-  for (int64_t i = 0; i < n; ++i) lse[i] = scale + std::log(lse[i]);
-}
-
-template <typename T, typename P>
-void pair_gradient(const Runtime<T, P>& runtime, const P* unit, int64_t n, int64_t d, T scale,
-                   bool two_tower, const T* lse, T* g) {
-  const auto inverse = scratch<T>(n);  // 1 / Σ_j exp(scale·(c_ij − 1))
-  for (int64_t i = 0; i < n; ++i) inverse[i] = std::exp(scale - lse[i]);
-  pair_sweep(runtime, unit, n, d, two_tower,
-             [&](T* tile, Operand<T, P>& operand, int64_t i, int64_t rows, int64_t j,
-                 int64_t columns, bool diagonal) {
-               epilogues<T>().pair_weights(tile, rows, columns, scale, diagonal, inverse.get() + i,
-                                           inverse.get() + j);
-               operand.fill(tile, 0, rows * columns);
-               const P* weights = operand.get(tile);
-               runtime.gemm(false, false, rows, d, columns, T(1), weights, columns, unit + j * d, d,
-                            true, g + i * d, d);
-               if (!diagonal)
-                 runtime.gemm(true, false, columns, d, rows, T(1), weights, columns, unit + i * d, d,
-                              true, g + j * d, d);
-             });
+void pair_terms(const Runtime<T, P>& runtime, const P* unit, int64_t n, int64_t d, T scale,
+                bool two_tower, T* lse, T* g) {
+  PairSweep<T, P> sweep(runtime, unit, n, d, two_tower, g != nullptr);
+  const auto sums = scratch<T>(n);  // Σ_j exp(scale·(c_ij − 1))
+  std::fill(sums.get(), sums.get() + n, T(0));
+  sweep.visit([&](const T* tile, Operand<T, P>&, int64_t i, int64_t rows, int64_t j, int64_t columns,
+                  bool diagonal) {
+    epilogues<T>().pair_sums(tile, rows, columns, scale, diagonal, sums.get() + i, sums.get() + j);
+  });
+  for (int64_t i = 0; i < n; ++i) lse[i] = scale + std::log(sums[i]);
+  if (g == nullptr) return;
+  T* inverse = sums.get();
+  for (int64_t i = 0; i < n; ++i) inverse[i] = 1 / inverse[i];
+  sweep.visit([&](T* tile, Operand<T, P>& operand, int64_t i, int64_t rows, int64_t j,
+                  int64_t columns, bool diagonal) {
+    epilogues<T>().pair_weights(tile, rows, columns, scale, diagonal, inverse + i, inverse + j);
+    operand.fill(tile, 0, rows * columns);
+    const P* weights = operand.get(tile);
+    runtime.gemm(false, false, rows, d, columns, T(1), weights, columns, unit + j * d, d, true,
+                 g + i * d, d);
+    if (!diagonal)
+      runtime.gemm(true, false, columns, d, rows, T(1), weights, columns, unit + i * d, d, true,
+                   g + j * d, d);
+  });
 }
 
 template <typename T, typename P>
@@ -111,10 +138,8 @@ void cross_gradient(const Runtime<T, P>& runtime, const P* rows, int64_t n, cons
 }
 
 #define FINO_INSTANTIATE(T, P)                                                                    \
-  template void pair_logsumexp<T, P>(const Runtime<T, P>&, const P*, int64_t, int64_t, T, bool,   \
-                                     T*);                                                         \
-  template void pair_gradient<T, P>(const Runtime<T, P>&, const P*, int64_t, int64_t, T, bool,    \
-                                    const T*, T*);                                                \
+  template void pair_terms<T, P>(const Runtime<T, P>&, const P*, int64_t, int64_t, T, bool, T*,   \
+                                 T*);                                                             \
   template void cross_logsumexp<T, P>(const Runtime<T, P>&, const P*, int64_t, const P*, int64_t, \
                                       int64_t, T, int64_t, T*);                                   \
   template void cross_gradient<T, P>(const Runtime<T, P>&, const P*, int64_t, const P*, int64_t,  \

@@ -11,14 +11,10 @@ namespace fino {
 constexpr double max_bounded_scale = 40;  // exp(−2·40) is still a normal fp32 number
 
 // lse[i] = logsumexp over j ≠ i of scale·⟨x_i, x_j⟩; with two towers over the j of the other half. [n]
+// g[i] = Σ_j (softmax_ij + softmax_ji) x_j over the same j [n, d], zero on entry; null: not wanted.
 template <typename T, typename P>
-void pair_logsumexp(const Runtime<T, P>& runtime, const P* unit, int64_t n, int64_t d, T scale,
-                    bool two_tower, T* lse);
-
-// g[i] = Σ_j (softmax_ij + softmax_ji) x_j over the same j. [n, d], zero on entry.
-template <typename T, typename P>
-void pair_gradient(const Runtime<T, P>& runtime, const P* unit, int64_t n, int64_t d, T scale,
-                   bool two_tower, const T* lse, T* g);
+void pair_terms(const Runtime<T, P>& runtime, const P* unit, int64_t n, int64_t d, T scale,
+                bool two_tower, T* lse, T* g);
 
 // The same for rows and columns that differ: row i leaves out column skip + i (skip < 0: none).
 template <typename T, typename P>

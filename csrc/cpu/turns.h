@@ -10,9 +10,10 @@
 
 namespace fino {
 
-// Two blocks that meet; `*_turn` counts the pairs before it that the block is in.
+// Two blocks that meet; `number` counts the pairs before it, `*_turn` those that the block is in.
 struct Pair {
   int64_t row, column;
+  int64_t number = 0;
   int row_turn = 0, column_turn = 0;
 };
 
@@ -55,6 +56,7 @@ void in_turn(std::vector<Pair> pairs, const Parallel& parallel, const Prepare& p
   for (const Pair& pair : pairs) blocks = std::max({blocks, pair.row + 1, pair.column + 1});
   std::vector<int> count(blocks);
   for (Pair& pair : pairs) {
+    pair.number = &pair - pairs.data();
     pair.row_turn = count[pair.row];
     pair.column_turn = count[pair.column];
     ++count[pair.row];
