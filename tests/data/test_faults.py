@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from fino_fast.cli import main
 from fino_fast.data import ShardSet
 from fino_fast.data.engines import Engine, LocalEngine
 from fino_fast.data.files import TEMPORARY, committed
@@ -298,32 +299,58 @@ def test_a_second_driver_is_refused_and_a_dead_one_leaves_no_lock(lab: Lab) -> N
     assert ingest(lab.request(), Serial()).shards_written == 0
 
 
-def test_exit_codes_and_silence_in_a_pipe(lab: Lab) -> None:
+def test_exit_codes_and_silence_in_a_pipe(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     lab.save()
     done = subprocess.run(command(lab), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "24 samples in 2 shards" in done.stdout
-    checker = [sys.executable, "-m", "fino_fast.cli", "verify", str(lab.out)]
-    done = subprocess.run(checker, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "are sound" in done.stdout
+    assert main(["verify", str(lab.out)]) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    assert "are sound" in told.out
     os.truncate(next(iter(lab.out.glob("*.tar"))), 1000)
-    done = subprocess.run(checker, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "shard-0000-00000" in done.stderr
-    done = subprocess.run(
-        command(lab, "--out", str(lab.table)), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert "table.csv: cannot be made a folder: File exists" in done.stderr
+    assert main(["verify", str(lab.out)]) == 1
+    assert "shard-0000-00000" in capsys.readouterr().err
+    assert main(["ingest", *lab.arguments(), "--out", str(lab.table)]) == 1
+    assert "table.csv: cannot be made a folder: File exists" in capsys.readouterr().err
     lab.rows[0]["file"] = "absent.png"
     lab.save()
-    done = subprocess.run(
-        command(lab, "--out", str(lab.root / "other")), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "id 's0000', 'absent.png': missing_file" in done.stderr
+    assert main(["ingest", *lab.arguments(), "--out", str(lab.root / "other")]) == 2
+    assert "id 's0000', 'absent.png': missing_file" in capsys.readouterr().err
     assert not (lab.root / "other" / "MANIFEST.json").exists()
+
+
+def test_parts_at_the_same_time_one_of_which_dies(
+    clean: tuple[Lab, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Three processes of an array, no lock between them while they write: SIGKILL to one in the
+    middle of its shards leaves the set unsealed, and running that one again completes it."""
+    lab, _ = clean
+    small = ["--shard-bytes", "15000"]
+    assert main(["ingest", *lab.arguments(), *small, "--out", str(tmp_path / "whole")]) == 0
+    expected = content(tmp_path / "whole")
+    out = tmp_path / "out"
+
+    def start(part: int, **options: Any) -> subprocess.Popen[str]:
+        arguments = command(lab, *small, "--out", str(out), "--shard-of", f"{part}/3")
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, **options)
+
+    victim = start(1, env=os.environ | {"PYTHONPATH": slowed(tmp_path)})
+    others = [start(0), start(2)]
+    # Its shards are every third from the second on.
+    wait_for(lambda: list(out.glob(f"{TEMPORARY}shard-0000-00000[147].tar.*")))
+    victim.kill()
+    victim.communicate()
+    for other in others:
+        told, _ = other.communicate(timeout=60)
+        assert other.returncode == 0
+        assert "are left to other processes; the set is not sealed yet" in told
+    with pytest.raises(DataError, match="no sealed set"):
+        ShardSet.open(out)
+    again = start(1)
+    again.communicate(timeout=60)
+    assert again.returncode == 0
+    assert content(out) == expected
 
 
 def test_a_package_missing_in_the_workers_is_named(lab: Lab, tmp_path: Path) -> None:
