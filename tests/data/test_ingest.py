@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import webdataset
+from nvidia.dali import fn, pipeline_def
 
 from fino_fast.data import ShardSet
 from fino_fast.data.engines import LocalEngine
@@ -84,6 +87,32 @@ def test_shards_are_plain_tars_with_metadata_beside_each_image(lab: Lab) -> None
                 assert sample["metadata"]["camera"] == (source["camera"] or None)
                 rows.add(sample["row"])
     assert rows == set(range(24))
+
+
+def test_shards_are_read_by_tar_webdataset_and_dali(lab: Lab) -> None:
+    """Other programs find the same images, and the same description beside each."""
+    lab.ingest()
+    tars = [str(path) for path in sorted(lab.out.glob("*.tar"))]
+    files = {row["id"]: (lab.images / row["file"]).read_bytes() for row in lab.rows}
+    listed = [
+        name
+        for tar in tars
+        for name in subprocess.check_output(["tar", "tf", tar], text=True).split()
+    ]
+    assert len(listed) == 2 * len(files)
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
+    found = {json.loads(s["json"])["id"]: s.get("png") or s.get("jpg") for s in samples}
+    assert found == files
+
+    @pipeline_def(batch_size=24, num_threads=1, device_id=None)
+    def graph() -> Any:
+        return tuple(fn.readers.webdataset(paths=tars, ext=["png;jpg", "json"]))
+
+    pipe = graph()
+    pipe.build()
+    images, texts = pipe.run()
+    told = [json.loads(bytes(np.array(texts[i]))) for i in range(24)]
+    assert {each["id"]: bytes(np.array(images[i])) for i, each in enumerate(told)} == files
 
 
 def test_same_bytes_from_1_2_and_7_workers(lab: Lab) -> None:
