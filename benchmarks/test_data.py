@@ -75,7 +75,12 @@ def small_files(form: str, count: int) -> Iterator[bytes]:
 
 
 def tiles(form: str, count: int) -> Iterator[bytes]:
-    """`count` tiles of 1080×1080 as labs have them: 8-bit JPEG, or 16-bit PNG."""
+    """`count` tiles of 1080×1080 as labs have them, 256 of them different: JPEG, or 16-bit PNG."""
+    once = list(_mosaics(form, min(count, 256)))
+    return itertools.islice(itertools.cycle(once), count)
+
+
+def _mosaics(form: str, count: int) -> Iterator[bytes]:
     paths = itertools.cycle(cells())
     side = 4 if form == "jpg" else 2
     for _ in range(count):
@@ -139,12 +144,13 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return lab
 
 
-# As many as take seconds: what an ingestion costs once must not count.
+# As many as take seconds and fill a dozen shards: neither what an ingestion costs once nor a worker
+# that is left without a last shard must count.
 STORES = {
     "png": lambda: small_files("png", 2 * 2624),
     "jpg": lambda: small_files("jpg", 4 * 2624),
-    "tile-png": lambda: tiles("png", 64),
-    "tile-jpg": lambda: tiles("jpg", 512),
+    "tile-png": lambda: tiles("png", 96),
+    "tile-jpg": lambda: tiles("jpg", 1536),
 }
 
 

@@ -1,10 +1,11 @@
 """Decoding by DALI: what its pipelines share, and the one that only decodes, on the CPU."""
 
-import contextlib
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,9 +39,14 @@ class Submitted(NamedTuple):
 
 
 class DaliPipeline(ABC):
-    """One graph for the life of a loader; batches of any size up to `batch_size` go through it."""
+    """One graph for the life of a loader; batches of any size up to `batch_size` go through it.
 
-    depth = 2
+    A thread takes each batch from DALI as soon as it is there and finishes it, so that whoever
+    trains only picks it up.
+    """
+
+    # One that is being finished, and two between which DALI's threads never wait.
+    depth = 3
 
     def __init__(
         self,
@@ -57,8 +63,11 @@ class DaliPipeline(ABC):
         self._batch_size = batch_size
         self._threads = threads
         self._device = device
-        self._submitted: deque[Submitted] = deque()
         self._pipe: Any = None
+        # DALI's Python side counts what is scheduled and consumed, not safely for two threads.
+        self._lock = threading.Lock()
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="fino-finish")
+        self._submitted: deque[Future[list[torch.Tensor]]] = deque()
 
     @abstractmethod
     def _graph(self, dali: Any, image: Any) -> list[Any]:
@@ -80,33 +89,44 @@ class DaliPipeline(ABC):
         self, rows: Sequence[int], payloads: Sequence[bytes], draws: Sequence[Draws]
     ) -> None:
         batch = Submitted(rows, payloads, draws)
-        if self._pipe is None:
-            self._pipe = self._build()
-            self._start(Submitted(rows[:1], payloads[:1], draws))
-        self._feed(batch)
-        self._pipe.schedule_run()
-        self._submitted.append(batch)
+        with self._lock:
+            if self._pipe is None:
+                self._pipe = self._build()
+                self._start(Submitted(rows[:1], payloads[:1], draws))
+            self._feed(batch)
+            self._pipe.schedule_run()
+            self._submitted.append(self._finisher.submit(self._finish, self._pipe, batch))
 
     def result(self) -> list[torch.Tensor]:
-        batch = self._submitted.popleft()
-        outputs = self._outputs(batch)
+        return self._submitted.popleft().result()
+
+    def reset(self) -> None:
+        if sys.is_finalizing():
+            return  # DALI has taken its pipelines down with the interpreter
+        # Nobody wants these batches any more: their damaged samples are nobody's concern.
+        wait(self._submitted)
+        self._submitted.clear()
+
+    def _finish(self, pipe: Any, batch: Submitted) -> list[torch.Tensor]:
+        """The views of the oldest scheduled batch of a graph.
+
+        Raises:
+            DamagedSamples: samples do not decode; the graph is lost with all that was scheduled.
+            DataError: DALI failed on sound ones, with the same end, or in a batch before this one.
+        """
+        with self._lock:
+            if pipe is not self._pipe:
+                raise DataError(f"{self._shards.folder}: DALI failed on an earlier batch")
+            outputs = self._outputs(batch)
         try:
             tensors = self._tensors(batch, outputs)
             if self._device.type == "cuda":
                 # What was copied from DALI's memory must be, before that is used again.
                 torch.cuda.current_stream(self._device).synchronize()
         finally:
-            self._pipe.release_outputs()
+            with self._lock:
+                pipe.release_outputs()
         return tensors
-
-    def reset(self) -> None:
-        if sys.is_finalizing():
-            return  # DALI has taken its pipelines down with the interpreter
-        # Nobody wants these batches any more: their damaged samples are nobody's concern.
-        with contextlib.suppress(DataError):
-            while self._submitted and self._pipe is not None:
-                self._outputs(self._submitted.popleft())
-                self._pipe.release_outputs()
 
     def _start(self, batch: Submitted) -> None:
         """Go through the first scheduling, in which DALI runs `depth` batches: of one image."""
@@ -123,17 +143,11 @@ class DaliPipeline(ABC):
         self._feed_draws(batch.draws, len(encoded))
 
     def _outputs(self, batch: Submitted) -> Any:
-        """The oldest scheduled batch; the caller releases it.
-
-        Raises:
-            DamagedSamples: samples do not decode; all that was scheduled is forgotten.
-            DataError: DALI failed on sound ones; the same.
-        """
+        """The oldest scheduled batch; the caller releases it."""
         try:
             return self._pipe.share_outputs()
         except RuntimeError as error:
             self._pipe = None
-            self._submitted.clear()
             raise self._blame(batch, error) from error
 
     def _blame(self, batch: Submitted, error: RuntimeError) -> DataError:
