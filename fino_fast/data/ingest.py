@@ -26,9 +26,18 @@ from .files import (
 from .known import check_unchanged, last_planned
 from .lock import locked
 from .manifest import Manifest
-from .plan import Inputs, Plan, make_plan, plan_folder, planned_columns, row_table
+from .plan import (
+    Inputs,
+    Plan,
+    check_rows,
+    make_plan,
+    plan_folder,
+    planned_columns,
+    planned_schema,
+    row_table,
+)
 from .remote import Remote
-from .schema import Schema, shorten
+from .schema import shorten
 from .seal import REJECTS, seal, write_rejects
 from .spill import Spill, scratch_folder
 from .table import TableParser, table_chunks
@@ -150,7 +159,8 @@ def _ingest(request: Request, table: Path, engine: Engine, progress: Progress | 
         remove_temporaries(request.out)
         plans = read_plans(request.out)
         _check_inputs(request, plans, inputs)
-        # An unfinished plan is finished before another one is made.
+        # An unfinished plan is finished before another one is made: it knows its rows, whatever has
+        # become of the table since.
         written = _write_missing(request, plans, engine, progress)
         unknown = _plan_further(request, table, plans, inputs, progress)
         written += _write_missing(request, plans, engine, progress)
@@ -254,7 +264,7 @@ def _inputs(request: Request, table: Path) -> Inputs:
 
 
 def _check_inputs(request: Request, plans: list[Plan], inputs: Inputs) -> None:
-    """Refuse to mix rows that were read by different rules, or to drop an unfinished plan."""
+    """Refuse to mix rows that were read by different rules."""
     if not plans:
         return
     known = plans[-1].inputs
@@ -270,13 +280,6 @@ def _check_inputs(request: Request, plans: list[Plan], inputs: Inputs) -> None:
                 "rules do not mix: use the former, or another --out (roles and weights can be "
                 "changed in the training configuration)"
             )
-    if known.table_sha256 != inputs.table_sha256 and None in _committed(
-        write_tasks(request, plans)
-    ):
-        raise ConfigError(
-            f"{request.out}: an ingest of another version of {request.table.name} is unfinished; "
-            "finish it with the former table first"
-        )
 
 
 def write_tasks(request: Request, plans: list[Plan]) -> list[WriteTask]:
@@ -323,6 +326,9 @@ def _write_missing(
     missing = [
         task for task, receipt in zip(tasks, _committed(tasks), strict=True) if receipt is None
     ]
+    for plan in plans:
+        if any(task.generation == plan.generation for task in missing):
+            check_rows(request.out, plan)
     if missing and progress:
         progress.begin("writing", sum(task.shard.rows for task in missing))
     for receipt in engine.run(write_shard, missing):
@@ -352,7 +358,9 @@ def _plan_new_rows(request: Request, plans: list[Plan], inputs: Inputs, rows: Sp
     count = sum(len(table) for table in rows.tables())
     fresh, again, previous = np.ones(count, dtype=bool), np.zeros(count, dtype=bool), None
     if plans:
-        previous = Schema.read(plan_folder(request.out, plans[-1].generation) / "schema.json")
+        previous = planned_schema(request.out, plans[-1])
+        for plan in plans:
+            check_rows(request.out, plan)
 
         def column(name: str) -> pa.ChunkedArray:
             return pa.concat_tables(planned_columns(request.out, plan, [name]) for plan in plans)[

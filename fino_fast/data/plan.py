@@ -231,6 +231,37 @@ def _cut(
         before, start, number = int(ends[end - 1]), end, number + 1
 
 
+def check_rows(out: Location, plan: Plan) -> None:
+    """Compare a plan's row file with what was planned: a flipped bit in it would be a wrong cell.
+
+    Raises:
+        DataError: it is missing or changed.
+    """
+    path = plan_folder(out, plan.generation) / "rows.parquet"
+    if sha256_of(path) != plan.rows_sha256:
+        raise DataError(_changed(path))
+
+
+def planned_schema(out: Location, plan: Plan) -> Schema:
+    """The schema that a plan froze.
+
+    Raises:
+        DataError: its file is missing, damaged or changed.
+    """
+    path = plan_folder(out, plan.generation) / "schema.json"
+    schema = Schema.read(path)
+    if schema.hash != plan.schema_sha256:
+        raise DataError(_changed(path))
+    return schema
+
+
+def _changed(path: Location) -> str:
+    return (
+        f"{path}: is not the file that was planned (its SHA-256 differs); restore it, or ingest "
+        "into another --out"
+    )
+
+
 def planned_among(out: Location, plan: Plan, ids: pa.ChunkedArray) -> pa.ChunkedArray:
     """Those of some ids that a plan holds.
 

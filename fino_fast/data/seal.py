@@ -23,7 +23,7 @@ from .files import (
 from .index import FORMS, RECORD, npy_header
 from .manifest import MANIFEST, Manifest, SealedFile
 from .metadata import pack, record_type
-from .plan import FACTOR, Plan, plan_folder, planned_among
+from .plan import FACTOR, Plan, planned_among, planned_schema
 from .schema import Schema
 from .tar import BLOCK
 from .write import Receipt
@@ -53,9 +53,8 @@ def seal(out: Location, plans: list[Plan], receipts: list[Receipt]) -> Manifest:
         DataError: a shard is missing or its counts disagree with its plan.
     """
     _check_complete(out, plans, receipts)
-    last = plans[-1].generation
-    schema = Schema.read(plan_folder(out, last) / "schema.json")
-    suffix = f"{last:04d}"
+    schema = planned_schema(out, plans[-1])
+    suffix = f"{plans[-1].generation:04d}"
     names = [f"schema-{suffix}.json", f"index-{suffix}.npy", f"samples-{suffix}.parquet"]
     names.append(f"metadata-{suffix}.npy")
     samples = sum(receipt.samples for receipt in receipts)

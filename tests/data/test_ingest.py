@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -191,6 +192,39 @@ def test_appended_rows_are_added_and_indices_never_move(lab: Lab) -> None:
     assert all(content(lab.out)[name] == kept[name] for name in kept if name.endswith(".tar"))
     values = adaptation_exposures(lab)
     assert after.schema.factors["exposure"].std == [pytest.approx(np.std(values), rel=1e-12)]
+    assert verify(lab.out) == []
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "schema.json"])
+def test_a_changed_plan_is_refused(lab: Lab, name: str) -> None:
+    """One cell of the planned rows, one count of the schema: both sound files of other content."""
+    lab.ingest()
+    path = lab.out / "plan-0000" / name
+    if name == "rows.parquet":
+        rows = pq.read_table(path)
+        hour = pa.array([value + 1 for value in rows["factor:hour"].to_pylist()])
+        place = rows.column_names.index("factor:hour")
+        pq.write_table(rows.set_column(place, "factor:hour", hour), path)
+        sorted(lab.out.glob("*.tar"))[1].unlink()
+    else:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace('"observed": ', '"observed": 1', 1), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"plan-0000/{name}: is not the file that was planned"):
+        lab.ingest()
+    lab.rows.append(lab.rows[0] | {"id": "later"})
+    with pytest.raises(DataError, match=rf"plan-0000/{name}: is not the file that was planned"):
+        lab.ingest()
+
+
+def test_a_table_that_grew_while_an_ingest_was_broken_off(lab: Lab) -> None:
+    """The unfinished plan is finished from what it knows, then the new rows are added."""
+    later, lab.rows = lab.rows[16:], lab.rows[:16]
+    lab.ingest()
+    next(lab.out.glob("*.tar")).unlink()
+    (lab.out / "MANIFEST.json").unlink()
+    lab.rows += later
+    lab.ingest()
+    assert sorted(lab.open().ids) == sorted(row["id"] for row in lab.rows)
     assert verify(lab.out) == []
 
 
