@@ -80,30 +80,23 @@ _Factor = _structure(
     )
     | {"groups": ctypes.c_int64},
 )
-_Product = _structure(
-    "FinoProduct",
-    dict.fromkeys(("a", "b", "sizes"), ctypes.c_void_p)
-    | {"rows": ctypes.c_int64, "columns": ctypes.c_int64, "parts": ctypes.c_void_p},
-)
 _Overlap = _structure(
     "FinoOverlap",
-    {
-        "squares": ctypes.c_void_p, "numerator": ctypes.c_void_p, "parts": ctypes.c_int64,
-        "groups": ctypes.c_int64, "sums": ctypes.c_void_p, "share": ctypes.c_void_p,
-        "coefficients": ctypes.c_void_p,
-    },
-)  # fmt: skip
+    dict.fromkeys(("squares", "sizes"), ctypes.c_void_p)
+    | {"groups": ctypes.c_int64}
+    | dict.fromkeys(("sums", "factors", "scale", "share", "coefficients"), ctypes.c_void_p)
+    | {"preserve": ctypes.c_bool},
+)
 _OverlapGradient = _structure(
     "FinoOverlapGradient",
     dict.fromkeys(
-        ("group", "basis", "mean", "means", "rest", "rest_side", "signal_side", "coefficients",
+        ("group", "basis", "mean", "means", "sizes", "at_rest", "at_means", "coefficients",
          "scale"),
         ctypes.c_void_p,
     )
     | {"groups": ctypes.c_int64},
 )  # fmt: skip
 STRIPE = 32  # kFinoStripe
-PARTS = 64  # kFinoParts
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # FinoType
 
 
@@ -115,6 +108,8 @@ def group_statistics(
     basis: list[Tensor],
     groups: list[int],
     want_rest: list[bool],
+    first: int,
+    local: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """What every factor explains of the centred rows Z, and what it leaves; in one launch.
 
@@ -131,17 +126,18 @@ def group_statistics(
         basis: [N, d] fp64 each, Q; empty for categories.
         groups: G_f, rows of M: at least the number of different labels, or d.
         want_rest: for which factors U is wanted.
+        first, local: of which rows U is wanted.
 
     Returns:
         (M of all factors one below the other [ΣG, D]; rows of every group [ΣG] (1 for a column of
         Q); number of the group of every row [F, N] int64, −1 where it is missing; mean over the
         rows that take part [F, D] fp64; ‖S‖² and ‖U‖² by stripes of 32 columns and groups
-        [2, ⌈D/32⌉, ΣG], for continuous values ‖U‖² all in their first; U [N, D] or empty of
-        every factor). fp32 where nothing else is said.
+        [2, ⌈D/32⌉, ΣG], for continuous values ‖U‖² all in their first; U [local, D] in the
+        dtype of z, or empty, of every factor). fp32 where nothing else is said.
     """
     z, order, labels = z.contiguous(), order.contiguous(), labels.contiguous()
     basis = [q.contiguous() for q in basis]
-    results = _statistics_like(z, order, groups, want_rest)
+    results = _statistics_like(z, order, groups, want_rest, local)
     means, sizes, group, mean, squares, rest = results
     _call(
         "fino_group_statistics",
@@ -153,38 +149,34 @@ def group_statistics(
                     "order": order[f],
                     "labels": labels[f],
                     "basis": _or_null(basis[f]),
-                    "means": means[first:],
-                    "sizes": sizes[first:],
+                    "means": means[start:],
+                    "sizes": sizes[start:],
                     "group": group[f],
                     "mean": mean[f],
-                    "squares": squares[0, 0, first:],
+                    "squares": squares[0, 0, start:],
                     "rest": _or_null(rest[f]),
                     "groups": groups[f],
                 }
-                for f, first in enumerate(_starts(groups))
+                for f, start in enumerate(_starts(groups))
             ],
         ),
-        len(groups), z, TYPES[z.dtype], *z.shape, sum(groups),
+        len(groups), z, TYPES[z.dtype], *z.shape, sum(groups), first, local,
     )  # fmt: skip
     return results
 
 
 @group_statistics.register_fake
 def _(
-    z: Tensor,
-    order: Tensor,
-    labels: Tensor,
-    basis: list[Tensor],
-    groups: list[int],
-    want_rest: list[bool],
+    z: Tensor, order: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    return _statistics_like(z, order, groups, want_rest)
+    _, _, groups, want_rest, _, local = others
+    return _statistics_like(z, order, groups, want_rest, local)
 
 
 def _statistics_like(
-    z: Tensor, order: Tensor, groups: list[int], want_rest: list[bool]
+    z: Tensor, order: Tensor, groups: list[int], want_rest: list[bool], local: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    (n, width), total = z.shape, sum(groups)
+    (_, width), total = z.shape, sum(groups)
     sums = torch.float32
     return (
         z.new_empty(total, width, dtype=sums),
@@ -192,91 +184,73 @@ def _statistics_like(
         torch.empty_like(order, memory_format=torch.contiguous_format),
         z.new_empty(len(groups), width, dtype=torch.float64),
         z.new_empty(2, -(-width // STRIPE), total, dtype=sums),
-        [z.new_empty((n, width) if wanted else (0,), dtype=sums) for wanted in want_rest],
+        [z.new_empty((local, width) if wanted else (0,)) for wanted in want_rest],
     )
-
-
-@torch.library.custom_op("fino::product_sums", mutates_args=())
-def product_sums(a: list[Tensor], b: list[Tensor], sizes: list[Tensor]) -> list[Tensor]:
-    """Σ_ij a_ij · b_ij · sizes_j of every pair of matrices, in parts; one launch for all.
-
-    Args:
-        a, b: [R, C] fp32.
-        sizes: [C] fp32; empty is 1.
-
-    Returns:
-        [64] fp64 each, to be summed: squares of squares may not fit fp32.
-    """
-    parts = [matrix.new_empty(PARTS, dtype=torch.float64) for matrix in a]
-    a, b = ([matrix.contiguous() for matrix in matrices] for matrices in (a, b))
-    table = _table(
-        _Product,
-        [
-            {
-                "a": a[i],
-                "b": b[i],
-                "sizes": _or_null(sizes[i]),
-                "rows": a[i].shape[0],
-                "columns": a[i].shape[1],
-                "parts": parts[i],
-            }
-            for i in range(len(a))
-        ],
-    )
-    _call("fino_product_sums", a[0].device, table, len(a))
-    return parts
-
-
-@product_sums.register_fake
-def _(a: list[Tensor], b: list[Tensor], sizes: list[Tensor]) -> list[Tensor]:
-    return [matrix.new_empty(PARTS, dtype=torch.float64) for matrix in a]
 
 
 @torch.library.custom_op("fino::overlap_shares", mutates_args=())
 def overlap_shares(
-    squares: Tensor, groups: list[int], numerator: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The orthogonal terms R of all factors from their sums; in one launch.
+    squares: Tensor, sizes: Tensor, groups: list[int], preserve: list[bool], count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """R of the factors to suppress, and what the sweep needs of the others; in one launch.
 
     Args:
-        squares, groups: of `group_statistics`.
-        numerator: ‖S Uᵀ‖² of every factor in parts to be summed, fp64; empty: suppress, which needs
-            none.
+        squares, sizes, groups: of `group_statistics`.
+        preserve: which factors are to be swept.
+        count: N.
 
     Returns:
-        (R [F]; coefficients of the gradient [F, 3] fp64; ‖S‖² and ‖U‖² by group [2, ΣG]).
+        (R [F], 1 where it is to be swept; the factor of U [F] and those of the rows of M [ΣG] in
+        the sweep; coefficients of the gradient [F, 2] fp64; ‖S‖² and ‖U‖² by group [2, ΣG]). What
+        has no use in a factor is 0.
     """
-    squares, numerator = squares.contiguous(), [parts.contiguous() for parts in numerator]
+    squares, sizes = squares.contiguous(), sizes.contiguous()
     results = _shares_like(squares, groups)
-    shares, coefficients, sums = results
+    shares, scales, factors, coefficients, sums = results
     table = _table(
         _Overlap,
         [
             {
                 "squares": squares[0, 0, first:],
-                "numerator": _or_null(numerator[f]),
-                "parts": numerator[f].numel(),
+                "sizes": sizes[first:],
                 "groups": groups[f],
                 "sums": sums[0, first:],
+                "factors": factors[first:],
+                "scale": scales[f],
                 "share": shares[f],
                 "coefficients": coefficients[f],
+                "preserve": preserve[f],
             }
             for f, first in enumerate(_starts(groups))
         ],
     )
-    _call("fino_overlap_shares", squares.device, table, len(groups), squares.shape[1], sum(groups))
+    _call(
+        "fino_overlap_shares",
+        squares.device,
+        table,
+        len(groups),
+        squares.shape[1],
+        sum(groups),
+        count,
+    )
     return results
 
 
 @overlap_shares.register_fake
-def _(squares: Tensor, groups: list[int], numerator: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    squares: Tensor, sizes: Tensor, groups: list[int], *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _shares_like(squares, groups)
 
 
-def _shares_like(squares: Tensor, groups: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _shares_like(
+    squares: Tensor, groups: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         squares.new_empty(len(groups)),
-        squares.new_empty(len(groups), 3, dtype=torch.float64),
+        squares.new_empty(len(groups)),
+        squares.new_empty(sum(groups)),
+        squares.new_empty(len(groups), 2, dtype=torch.float64),
         squares.new_empty(2, sum(groups)),
     )
 
@@ -286,33 +260,32 @@ def overlap_gradient(
     scale: Tensor,
     z: Tensor,
     means: Tensor,
+    sizes: Tensor,
     group: Tensor,
     mean: Tensor,
     coefficients: Tensor,
     basis: list[Tensor],
     groups: list[int],
-    rest: list[Tensor],
-    rest_side: list[Tensor],
-    signal_side: list[Tensor],
+    at_rest: list[Tensor],
+    at_means: Tensor,
 ) -> Tensor:
-    """The gradient at z of Σ_f scale_f · R_f; in one launch.
+    """The gradient at z of the orthogonal terms; in one launch.
 
     Args:
-        scale: [F] fp32.
-        z, basis, groups: as in `group_statistics`; means, group, mean, rest: its results.
+        scale: [F] fp32, the gradients at the shares.
+        z, basis, groups: as in `group_statistics`; means, sizes, group, mean: its results.
         coefficients: of `overlap_shares`.
-        rest_side: U·SᵀS [N, D] of every factor; signal_side: M·UᵀU [G, D]. Empty: suppress.
+        at_rest: [N, D] in the dtype of z of every factor, the gradient at U; empty: suppress.
+        at_means: [ΣG, D] fp32, those at M; not read of factors to suppress.
 
     Returns:
         [N, D], in the dtype of z.
     """
-    z, scale, means, group, mean, coefficients = (
-        tensor.contiguous() for tensor in (z, scale, means, group, mean, coefficients)
+    z, scale, means, sizes, group, mean, coefficients, at_means = (
+        tensor.contiguous()
+        for tensor in (z, scale, means, sizes, group, mean, coefficients, at_means)
     )
-    basis, rest, rest_side, signal_side = (
-        [matrix.contiguous() for matrix in matrices]
-        for matrices in (basis, rest, rest_side, signal_side)
-    )
+    basis, at_rest = ([matrix.contiguous() for matrix in of] for of in (basis, at_rest))
     out = torch.empty_like(z)
     table = _table(
         _OverlapGradient,
@@ -322,9 +295,9 @@ def overlap_gradient(
                 "basis": _or_null(basis[f]),
                 "mean": mean[f],
                 "means": means[first:],
-                "rest": _or_null(rest[f]),
-                "rest_side": _or_null(rest_side[f]),
-                "signal_side": _or_null(signal_side[f]),
+                "sizes": sizes[first:],
+                "at_rest": _or_null(at_rest[f]),
+                "at_means": at_means[first:] if at_rest[f].numel() else None,
                 "coefficients": coefficients[f],
                 "scale": scale[f],
                 "groups": groups[f],
@@ -337,19 +310,7 @@ def overlap_gradient(
 
 
 @overlap_gradient.register_fake
-def _(
-    scale: Tensor,
-    z: Tensor,
-    means: Tensor,
-    group: Tensor,
-    mean: Tensor,
-    coefficients: Tensor,
-    basis: list[Tensor],
-    groups: list[int],
-    rest: list[Tensor],
-    rest_side: list[Tensor],
-    signal_side: list[Tensor],
-) -> Tensor:
+def _(scale: Tensor, z: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 

@@ -125,6 +125,18 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value if world_size() == 1 else _all_reduce(value)
 
 
+def whole(share: Tensor) -> Tensor:
+    """This rank's shares of terms as the whole batch's terms.
+
+    The value is the sum over ranks; the gradient is the share's times the number of ranks, because
+    DDP averages over them.
+    """
+    world = world_size()
+    if world == 1:
+        return share
+    return sum_over_ranks(share) + world * (share - share.detach())
+
+
 def gather_views(rows: Tensor, views: int) -> Tensor:
     """The view-major rows of all ranks as one view-major batch; with gradient.
 

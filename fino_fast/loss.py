@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .backends import BackendName, prepare, resolve
-from .distributed import after, same_images, sum_over_ranks, world_size
+from .distributed import after, same_images, sum_over_ranks, whole
 from .factors import Categorical, Continuous, Factor, InfoNCE, LambdaSchedule
 from .frozen import frozen
 from .heads import Heads, LinearHead, PrototypeHead, build_head, update_banks
@@ -234,7 +234,7 @@ class FinoLoss(nn.Module):
         terms: Terms = {}
         total = z.new_zeros((), dtype=dtype)
         if result.contrastive is not None:
-            contrastive = _whole(result.contrastive)
+            contrastive = whole(result.contrastive)
             terms["contrastive"] = contrastive.detach()
             total = total + self.contrastive_weight * contrastive
         if self.factors:
@@ -355,14 +355,14 @@ class FinoLoss(nn.Module):
         self, result: StepResult, pullbacks: list[Pullback], dtype: torch.dtype, terms: Terms
     ) -> Tensor:
         """Σ_f s_f · weight_f · L_f; enters L_f and its metric into `terms`."""
-        losses = _whole(torch.stack([head.loss for head in result.heads])).to(dtype)
+        losses = whole(torch.stack([head.loss for head in result.heads])).to(dtype)
         metrics = sum_over_ranks(torch.stack([head.metric for head in result.heads]))
         for index, factor in enumerate(self.factors):
             terms[factor.name] = losses[index].detach()
             metric = "accuracy" if isinstance(factor, Categorical) else "mse"
             terms[f"{factor.name}/{metric}"] = metrics[index]
         if result.guides is not None:
-            return _whole(result.guides).to(dtype)
+            return whole(result.guides).to(dtype)
         weights = constants([factor.weight for factor in self.factors], losses).to(dtype)
         return (weights * self._balance(result.heads, pullbacks).to(dtype) * losses).sum()
 
@@ -399,16 +399,3 @@ def _inverse_counts(targets: list[Tensor], dtype: torch.dtype) -> Sequence[Tenso
     valid = [~y.isnan() if y.is_floating_point() else y >= 0 for y in targets]
     counts = sum_over_ranks(torch.stack([entries.sum() for entries in valid]))
     return counts.clamp_min(1).to(dtype).reciprocal().unbind(0)
-
-
-def _whole(share: Tensor) -> Tensor:
-    """This rank's shares of terms as the whole batch's terms.
-
-    The value is the sum over ranks; the gradient is the share's times the number of ranks, because
-    DDP averages over them.
-    """
-    world = world_size()
-    if world == 1:
-        return share
-    whole = sum_over_ranks(share)
-    return whole + world * (share - share.detach())

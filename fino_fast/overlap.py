@@ -1,169 +1,238 @@
 """The orthogonal terms on a GPU: all factors in a fixed number of launches.
 
-The statistics, the sums and the gradient are CUDA C++ (`cuda`); the products are the library's.
+The statistics and the gradient at the embeddings are CUDA C++ (`cuda`). The overlap of `preserve`,
+‖S Uᵀ‖², is a sweep of the rows of U over the bank M, one more bank of the step; where a factor has
+so many groups that tr(SᵀS · UᵀU) costs less, it is products of the library, batched over factors.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cuda, reference
-from .distributed import gather_views
+from .distributed import gather_views, rank, sum_over_ranks, whole, world_size
 from .reference import orthonormal_design, scale_gradient
 from .terms import OrthogonalCall
 
-SUPPRESS, SWEEP, SQUARES = range(3)  # how ‖S Uᵀ‖² is computed, if at all
+SWEEP, SQUARES, SUPPRESS = range(3)  # how ‖S Uᵀ‖² is computed, if at all
 
 
-def overlaps(calls: list[OrthogonalCall]) -> list[Tensor]:
-    """R of every call over the rows of all ranks, 0-d each; see `terms.StepResult`."""
-    results: dict[int, Tensor] = {}
+@dataclass
+class Swept:
+    """A bank of the sweep: this rank's share of R · shares is Σ ⟨scale · row, vector⟩² / count.
+
+    Attributes:
+        rows: [N, D], U.
+        vectors: [G, D] fp32, M, normalised.
+        scale: 0-d.
+        inv_count: 0-d, 1 / number of rows on all ranks.
+    """
+
+    rows: Tensor
+    vectors: Tensor
+    scale: Tensor
+    inv_count: Tensor
+
+
+@dataclass
+class Split:
+    """The orthogonal terms on one z, split by every factor.
+
+    Attributes:
+        members: numbers of the calls in the order of what follows: those to be swept, those of
+            `squares`, and all others.
+        swept: the banks of the first.
+        squares: [Q], what a sweep would give of the second.
+        shares: [F]; by them the former are divided, and they are R of the third.
+        guidance: [F], λ.
+    """
+
+    members: list[int]
+    swept: list[Swept]
+    squares: Tensor
+    shares: Tensor
+    guidance: Tensor
+
+    def terms(self, swept: list[Tensor]) -> Tensor:
+        """R over the rows of all ranks in the order of `members`, [F]; see `terms.StepResult`.
+
+        Args:
+            swept: 0-d each, this rank's share of every bank.
+        """
+        terms = self.shares
+        numerators = torch.cat([*(loss.view(1) for loss in swept), self.squares])
+        if len(numerators):
+            p = len(numerators)
+            terms = torch.cat([whole(numerators) / terms[:p], terms[p:]])
+        # λ at R is λ at z, for a number in place of a matrix.
+        return scale_gradient(terms, self.guidance)
+
+
+def split(calls: list[OrthogonalCall]) -> list[Split]:
+    """The terms by the z on which they stand."""
+    splits = []
     for z in {id(call.z): call.z for call in calls}.values():
         members = [f for f, call in enumerate(calls) if call.z is z]
-        of_z = [calls[f] for f in members]
-        rows, designs = gather_views(z, 1), [gather_views(call.design, 1) for call in of_z]
-        if cuda.serves_rows(rows):
-            shares = _by_kernels(rows, designs, of_z)
-        else:
-            shares = torch.stack(
-                [
-                    reference.orthogonal(rows, design, call.role)
-                    for design, call in zip(designs, of_z, strict=True)
-                ]
-            )
-        # λ at R is λ at z, for a number in place of a matrix.
-        guidance = [shares.new_ones(()) if c.guidance is None else c.guidance for c in of_z]
-        shares = scale_gradient(shares, torch.stack(guidance).to(shares.dtype))
-        results |= zip(members, shares.unbind(0), strict=True)
-    return [results[f] for f in range(len(calls))]
+        if cuda.serves_rows(z):
+            splits.append(_by_kernels(z, calls, members))
+            continue
+        rows = gather_views(z, 1)
+        shares = torch.stack(
+            [
+                reference.orthogonal(rows, gather_views(calls[f].design, 1), calls[f].role)
+                for f in members
+            ]
+        )
+        nothing = shares.new_empty(0)
+        splits.append(Split(members, [], nothing, shares, _guidance(calls, members, shares)))
+    return splits
 
 
-def _by_kernels(z: Tensor, designs: list[Tensor], calls: list[OrthogonalCall]) -> Tensor:
+def _guidance(calls: list[OrthogonalCall], members: list[int], shares: Tensor) -> Tensor:
+    guidance = [calls[f].guidance for f in members]
+    one = shares.new_ones(())
+    return torch.stack([one if g is None else g for g in guidance]).to(shares.dtype)
+
+
+def _by_kernels(z: Tensor, calls: list[OrthogonalCall], members: list[int]) -> Split:
     n, width = z.shape
-    labels, basis, groups, form = [], [], [], []
-    for design, call in zip(designs, calls, strict=True):
-        if design.dim() == 1:
-            labels.append(design)
-            basis.append(z.new_empty(0, dtype=torch.float64))
-            groups.append(min(call.classes, n))
-        else:
-            missing = design.isnan().any(1)
-            labels.append(torch.where(missing, -1, 0))
-            basis.append(orthonormal_design(design, ~missing))
-            groups.append(design.shape[1])
-        form.append(SUPPRESS if call.role == "suppress" else _form(n, groups[-1], width))
-    ordered, order = torch.sort(torch.stack(labels), stable=True)
-    shares: Tensor = overlap_terms(z, order, ordered, basis, groups, form)[0]
-    return shares
+    count = n * world_size()
+    group_counts = {
+        f: min(calls[f].classes, count) if calls[f].classes else calls[f].design.shape[1]
+        for f in members
+    }
+    form = {f: _form(calls[f], count, group_counts[f], width) for f in members}
+    members = [f for kind in (SWEEP, SQUARES, SUPPRESS) for f in members if form[f] == kind]
+    first_square, first_suppressed = (
+        sum(form[f] < begin for f in members) for begin in (SQUARES, SUPPRESS)
+    )
+    groups = [group_counts[f] for f in members]
+    if first_square < first_suppressed:
+        # All alike, so that they are one batch.
+        most = max(groups[first_square:first_suppressed])
+        groups[first_square:first_suppressed] = [most] * (first_suppressed - first_square)
+    labels, basis = _designs(z, [calls[f] for f in members])
+    ordered, order = torch.sort(labels, stable=True)
+    preserve = [form[f] != SUPPRESS for f in members]
+    shares, means, rest, factors, scales, *_ = overlap_split(
+        z, gather_views(z.detach(), 1), order, ordered, basis, groups, preserve, rank() * n
+    )
+    vectors = (means * factors[:, None]).split(groups)
+    inv_count = scales.new_full((), 1 / count)
+    swept = [Swept(rest[i], vectors[i], scales[i], inv_count) for i in range(first_square)]
+    squares = shares.new_empty(0)
+    if first_square < first_suppressed:
+        batch = slice(first_square, first_suppressed)
+        # ‖S Uᵀ‖² = tr(SᵀS · UᵀU)
+        u = torch.stack(rest[batch]) * scales[batch, None, None]
+        m = torch.stack(vectors[batch])
+        squares = (torch.bmm(m.mT, m) * torch.bmm(u.mT, u)).sum((1, 2)) * inv_count
+    return Split(members, swept, squares, shares, _guidance(calls, members, shares))
 
 
-def _form(n: int, groups: int, width: int) -> int:
-    # A sweep and its gradient are three products of n·groups·width; the other form two of
-    # (n + groups)·width².
-    return SWEEP if 3 * groups * n < 2 * (n + groups) * width else SQUARES
+def _designs(z: Tensor, calls: list[OrthogonalCall]) -> tuple[Tensor, list[Tensor]]:
+    """(labels of the rows of all ranks [F, N], the orthonormal designs [N, d] of values).
+
+    Values have the label 0. Whatever the number of factors, there are two collectives at most.
+    """
+    sizes = [0 if call.classes else call.design.shape[1] for call in calls]
+    labels = [
+        call.design if call.classes else torch.where(call.design.isnan().any(1), -1, 0)
+        for call in calls
+    ]
+    gathered = gather_views(torch.stack(labels, 1), 1).T.contiguous()
+    basis = [z.new_empty(0, dtype=torch.float64)] * len(calls)
+    if any(sizes):
+        values = torch.cat([call.design for call in calls if not call.classes], 1)
+        widths = [size for size in sizes if size]
+        parts = iter(torch.split_with_sizes(gather_views(values, 1), widths, 1))
+        basis = [
+            orthonormal_design(next(parts), label >= 0) if size else nothing
+            for size, label, nothing in zip(sizes, gathered, basis, strict=True)
+        ]
+    return gathered, basis
 
 
-@torch.library.custom_op("fino::overlap_terms", mutates_args=())
-def overlap_terms(
+def _form(call: OrthogonalCall, n: int, groups: int, width: int) -> int:
+    if call.role == "suppress":
+        return SUPPRESS
+    # Values have few columns, and their design as many: M cannot be made longer for a batch.
+    # A sweep, its logits again for either gradient, and the gradients are five products of
+    # n·groups·width; the other form one of (n + groups)·width², and two more for the gradients.
+    sweep = not call.classes or 5 * groups * n < 3 * (n + groups) * width
+    return SWEEP if sweep else SQUARES
+
+
+def _split_rows(
     z: Tensor,
+    gathered: Tensor,
     order: Tensor,
     labels: Tensor,
     basis: list[Tensor],
     groups: list[int],
-    form: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """The orthogonal terms R of all factors.
+    preserve: list[bool],
+    first: int,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What every factor explains of the rows, and what it leaves.
 
     Args:
-        z, order, labels, basis, groups: of `cuda.group_statistics`.
-        form: SUPPRESS, or how the numerator of `preserve` is computed: as SWEEP of the rows of U
-            over M, Σ_ig sizes_g ⟨u_i, m_g⟩², or from SQUARES, tr(SᵀS · UᵀU).
+        z: [N, D], this rank's rows; they get the gradient of what all ranks compute.
+        gathered: the rows of all ranks, as in `cuda.group_statistics`, like order, labels, basis
+            and groups.
+        preserve: which factors are to be swept.
+        first: number of the first row of z in `gathered`.
 
     Returns:
-        (R [F]; for the backward pass: M, sizes, group and mean of `cuda.group_statistics`,
-        coefficients of `cuda.overlap_shares`, and of every factor U and its products: U Mᵀ
-        [N, G], or SᵀS and UᵀU [2, D, D], or none.)
+        (shares [F]; M [ΣG, D]; U [N, D] of every factor, or empty; the factors of M [ΣG] and of
+        U [F] in the sweep; for the backward pass: sizes, group and mean of `cuda.group_statistics`
+        and coefficients of `cuda.overlap_shares`). The gradient at U must be U times a matrix, as
+        that of a sweep is.
     """
     means, sizes, group, mean, squares, rest = cuda.group_statistics(
-        z, order, labels, basis, groups, [how != SUPPRESS for how in form]
+        gathered, order, labels, basis, groups, preserve, first, z.shape[0]
     )
-    products, a, b, weights = [], [], [], []
-    for f, how in enumerate(form):
-        if how == SUPPRESS:
-            products.append(squares.new_empty(0))
-            continue
-        m, u = means.split(groups)[f], rest[f]
-        size = sizes.split(groups)[f]
-        if how == SWEEP:
-            product = u @ m.T
-            a.append(product)
-            b.append(product)
-            weights.append(size)
-        else:
-            product = torch.stack([m.T @ (size[:, None] * m), u.T @ u])
-            a.append(product[0])
-            b.append(product[1])
-            weights.append(size.new_empty(0))
-        products.append(product)
-    sums = iter(cuda.product_sums(a, b, weights) if a else [])
-    numerators = [mean.new_empty(0) if how == SUPPRESS else next(sums) for how in form]
-    shares, coefficients, _ = cuda.overlap_shares(squares, groups, numerators)
-    return shares, means, sizes, group, mean, coefficients, rest, products
+    shares, scales, factors, coefficients, _ = cuda.overlap_shares(
+        squares, sizes, groups, preserve, gathered.shape[0]
+    )
+    return shares, means, rest, factors, scales, sizes, group, mean, coefficients
 
 
-@overlap_terms.register_fake
-def _(
-    z: Tensor,
-    order: Tensor,
-    labels: Tensor,
-    basis: list[Tensor],
-    groups: list[int],
-    form: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    means, sizes, group, mean, squares, rest = cuda.group_statistics(
-        z, order, labels, basis, groups, [how != SUPPRESS for how in form]
-    )
-    shares, coefficients, _ = cuda.overlap_shares(squares, groups, [squares] * len(groups))
-    n, width = z.shape
-    shapes = [
-        {SUPPRESS: (0,), SWEEP: (n, g), SQUARES: (2, width, width)}[how]
-        for how, g in zip(form, groups, strict=True)
-    ]
-    products = [squares.new_empty(shape) for shape in shapes]
-    return shares, means, sizes, group, mean, coefficients, rest, products
+overlap_split = torch.library.custom_op("fino::overlap_split", _split_rows, mutates_args=())
+overlap_split.register_fake(_split_rows)  # its parts have fakes of their own
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    # Else autograd would make zeros as large as U and its products, for the gradients at them.
+    # Else autograd would make zeros as large as U, for the gradients of what is not swept.
     ctx.set_materialize_grads(False)
-    z, _, _, basis, ctx.groups, ctx.form = inputs
-    _, *of_all, rest, products = output
-    ctx.save_for_backward(z, *of_all, *basis, *rest, *products)
+    z, _, _, _, basis, ctx.groups, ctx.preserve, ctx.first = inputs
+    _, means, _, _, _, *of_all = output
+    ctx.save_for_backward(z, means, *of_all, *basis)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad is None:
-        return None, None, None, [None] * len(ctx.groups), None, None
-    z, means, sizes, group, mean, coefficients, *lists = ctx.saved_tensors
-    size = len(ctx.groups)
-    basis, rest, products = (lists[i : i + size] for i in range(0, 3 * size, size))
-    rest_side, signal_side = [], []
-    for f, how in enumerate(ctx.form):
-        m, u, product = means.split(ctx.groups)[f], rest[f], products[f]
-        if how == SUPPRESS:
-            rest_side.append(u)
-            signal_side.append(u)
-        elif how == SWEEP:
-            rest_side.append(product @ (sizes.split(ctx.groups)[f][:, None] * m))
-            signal_side.append(product.T @ u)
-        else:
-            rest_side.append(u @ product[0])
-            signal_side.append(m @ product[1])
+def _backward(
+    ctx: Any, at_shares: Tensor | None, at_means: Tensor | None, at_rest: list[Any], *_: Any
+) -> tuple[Any, ...]:
+    z, means, sizes, group, mean, coefficients, *basis = ctx.saved_tensors
+    mine = slice(ctx.first, ctx.first + z.shape[0])
+    nothing = z.new_empty(0)
     gradient = cuda.overlap_gradient(
-        grad, z, means, group, mean, coefficients, basis, ctx.groups, rest, rest_side, signal_side
+        # DDP averages over the ranks.
+        sizes.new_zeros(len(ctx.groups)) if at_shares is None else at_shares * world_size(),
+        z,
+        means,
+        sizes,
+        group[:, mine],
+        mean,
+        coefficients,
+        [q[mine] for q in basis],
+        ctx.groups,
+        [nothing if gradient is None else gradient for gradient in at_rest],
+        # Every rank has swept its own rows.
+        torch.zeros_like(means) if at_means is None else sum_over_ranks(at_means),
     )
-    return gradient, None, None, [None] * size, None, None
+    return gradient, None, None, None, [None] * len(basis), None, None, None
 
 
-overlap_terms.register_autograd(_backward, setup_context=_context)
+overlap_split.register_autograd(_backward, setup_context=_context)

@@ -8,8 +8,9 @@ from torch import Tensor
 from . import overlap
 from .distributed import gather_views, rank
 from .eager import weighted_sum
-from .kernels.epilogues import PAIRS
+from .kernels.epilogues import OVERLAP, PAIRS
 from .ops import KINDS
+from .overlap import Swept
 from .reference import accumulation_dtype
 from .terms import ContrastiveCall, HeadCall, HeadResult, Step, StepResult
 from .triton_ops import step_forward
@@ -26,29 +27,41 @@ class Triton:
         contrastive: Tensor | None = None
         guides: list[Tensor] = []
         heads: dict[int, HeadResult] = {}
+        overlaps: dict[int, Tensor] = {}
+        splits = overlap.split(list(step.orthogonal))
+        swept = [bank for split in splits for bank in split.swept]
+        numerators: dict[int, Tensor] = {}
         # One pair of operators for all terms whose rows share a dtype.
-        rows = [call.x for call in step.heads]
+        rows = [call.x for call in step.heads] + [bank.rows for bank in swept]
         if step.contrastive is not None:
             rows.append(step.contrastive.rows)
         for dtype in {x.dtype: None for x in rows}:
             members = [f for f, call in enumerate(step.heads) if call.x.dtype == dtype]
+            banks = [i for i, bank in enumerate(swept) if bank.rows.dtype == dtype]
             pairs = step.contrastive
             if pairs is not None and pairs.rows.dtype != dtype:
                 pairs = None
-            results, total, share = _run([step.heads[f] for f in members], pairs, step.balanced)
-            heads |= zip(members, results, strict=True)
-            guides += [total] if members else []
-            contrastive = contrastive if share is None else share
-        overlaps = overlap.overlaps(list(step.orthogonal))
+            found = _run(
+                [step.heads[f] for f in members], pairs, [swept[i] for i in banks], step.balanced
+            )
+            heads |= zip(members, found.heads, strict=True)
+            guides += [found.guides] if members else []
+            contrastive = contrastive if found.contrastive is None else found.contrastive
+            numerators |= zip(banks, found.swept, strict=True)
+        in_order = iter([numerators[i] for i in range(len(swept))])
+        for split in splits:
+            terms = split.terms([next(in_order) for _ in split.swept])
+            overlaps |= zip(split.members, terms.unbind(0), strict=True)
+        shares = [overlaps[f] for f in range(len(overlaps))]
         orthogonal = None
-        if overlaps:
-            orthogonal = weighted_sum([call.weight for call in step.orthogonal], overlaps)
+        if shares:
+            orthogonal = weighted_sum([call.weight for call in step.orthogonal], shares)
         return StepResult(
             contrastive,
             None if step.balanced or not guides else sum(guides[1:], guides[0]),
             [heads[f] for f in range(len(step.heads))],
             orthogonal,
-            [share.detach() for share in overlaps],
+            [share.detach() for share in shares],
         )
 
 
@@ -67,11 +80,19 @@ class _Entry(NamedTuple):
     weight: float
 
 
+class _Found(NamedTuple):
+    """What `step_forward` says of the banks of one dtype: 0-d losses, and the heads' results."""
+
+    heads: list[HeadResult]
+    guides: Tensor
+    contrastive: Tensor | None
+    swept: list[Tensor]
+
+
 def _run(
-    calls: list[HeadCall], pairs: ContrastiveCall | None, balanced: bool
-) -> tuple[list[HeadResult], Tensor, Tensor | None]:
-    """(the heads' results, their weighted sum, the contrastive term's share) of one dtype."""
-    rows = [call.x for call in calls]
+    calls: list[HeadCall], pairs: ContrastiveCall | None, swept: list[Swept], balanced: bool
+) -> _Found:
+    rows = [call.x for call in calls] + [bank.rows for bank in swept]
     like = rows[0] if pairs is None else pairs.rows
     one = like.new_ones((), dtype=accumulation_dtype(like.dtype))
     none = like.new_empty(0, dtype=torch.int64)
@@ -87,6 +108,16 @@ def _run(
                 0.0, 1.0,
             )
         )  # fmt: skip
+    most = max((len(bank.vectors) for bank in swept), default=0)
+    zeros = like.new_zeros(most, dtype=accumulation_dtype(like.dtype))
+    entries += [
+        # The gradient at U takes the factor of U, as that at a head's rows takes the guidance.
+        _Entry(
+            bank.rows, bank.vectors, bank.scale, zeros, bank.inv_count, none, bank.scale,
+            OVERLAP.value, 0.0, 1.0,
+        )
+        for bank in swept
+    ]  # fmt: skip
     recording = torch.is_grad_enabled()
     spaces: dict[int, int] = {}
     losses, guides, metrics, _, kept = step_forward(
@@ -110,7 +141,13 @@ def _run(
         )
         for f, call in enumerate(calls)
     ]
-    return results, guides, None if pairs is None else losses[len(calls)]
+    first = len(entries) - len(swept)
+    return _Found(
+        results,
+        guides,
+        None if pairs is None else losses[len(calls)],
+        list(losses[first:].unbind(0)),
+    )
 
 
 def _head_entry(call: HeadCall, one: Tensor, none: Tensor) -> _Entry:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .distributed import gather_views
 from .kernels.backward import Gradients, Upstream, backward
 from .kernels.bank import Bank, Batch
-from .kernels.epilogues import PAIRS, PROTOTYPE, TANH
+from .kernels.epilogues import OVERLAP, PAIRS, PROTOTYPE, TANH
 from .kernels.forward import forward, kept_groups
 from .kernels.operands import padded
 from .kernels.table import Kept
@@ -39,12 +39,14 @@ def step_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """All terms of a step; the lists have one entry a bank, as in `kernels.bank.Bank`.
 
+    The heads come first.
+
     Args:
         space: number of x among the different ones, by first use.
         batch: (views, first, two_tower) of the contrastive term.
         balanced: the heads' losses are differentiable, and not their sum.
         want_x: whether the backward pass computes gradients at x and at 1/τ.
-        want_bank: whether it computes those at the banks and offsets.
+        want_bank: whether it computes those at the banks and offsets of heads.
 
     Returns:
         (losses [E], 0-d Σ weight · loss of the heads, metrics [E], log-sum-exps [E, N], gradients
@@ -60,23 +62,8 @@ def step_forward(
 
 
 @step_forward.register_fake
-def _(
-    x: list[Tensor],
-    bank: list[Tensor],
-    offset: list[Tensor],
-    target: list[Tensor],
-    inv_count: list[Tensor],
-    counts: list[Tensor],
-    guidance: list[Tensor],
-    kind: list[int],
-    smoothing: list[float],
-    weight: list[float],
-    space: list[int],
-    batch: list[int],
-    balanced: bool,
-    want_x: bool,
-    want_bank: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+def _(x: list[Tensor], *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    *_, kind, _, _, space, _, balanced, want_x, _ = others
     (n, _), dtype = x[0].shape, accumulation_dtype(x[0].dtype)
     losses, metrics = (x[0].new_empty(len(x), dtype=dtype) for _ in range(2))
     groups = kept_groups(kind, space, balanced, want_x)
@@ -163,37 +150,21 @@ def step_backward(
 
 @step_backward.register_fake
 def _(
-    grad_losses: Tensor,
-    grad_guides: Tensor,
-    lse: Tensor,
-    column_lse: Tensor,
-    kept: list[Tensor],
-    spaces: list[Tensor],
-    guidance: list[Tensor],
-    slot: list[int],
-    bank: list[Tensor],
-    offset: list[Tensor],
-    target: list[Tensor],
-    inv_count: list[Tensor],
-    kind: list[int],
-    smoothing: list[float],
-    weight: list[float],
-    space: list[int],
-    batch: list[int],
-    balanced: bool,
-    want_x: bool,
-    want_bank: bool,
+    grad_losses: Tensor, grad_guides: Tensor, lse: Tensor, *others: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    pairs = [kind[f] == PAIRS.value for f in slot]
+    _, _, spaces, _, slot, bank, offset, _, _, kind, *_, want_x, want_bank = others
+    kinds = [kind[f] for f in slot]
+    at_bank = {PAIRS.value: False, OVERLAP.value: want_x}
+    at_offset = {PAIRS.value: True, OVERLAP.value: False}
     return (
         [x.new_empty(x.shape) for x in spaces],
         [
-            b.new_empty(b.shape) if want_bank and not pair else lse.new_empty(0)
-            for b, pair in zip(bank, pairs, strict=True)
+            b.new_empty(b.shape) if at_bank.get(k, want_bank) else lse.new_empty(0)
+            for b, k in zip(bank, kinds, strict=True)
         ],
         [
-            o.new_empty(o.shape) if want_bank or pair else lse.new_empty(0)
-            for o, pair in zip(offset, pairs, strict=True)
+            o.new_empty(o.shape) if at_offset.get(k, want_bank) else lse.new_empty(0)
+            for o, k in zip(offset, kinds, strict=True)
         ],
     )
 

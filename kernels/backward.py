@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .bank import Bank, prepare
 from .banks import banks_kernel
-from .combine import DTYPES, combine_kernel
-from .epilogues import PAIRS
+from .combine import combine_kernel
+from .epilogues import OVERLAP, PAIRS
 from .forward import MAX_SPLITS, REDUCE_BLOCK, Losses, launch_rows, room
 from .launch import element_type, launch, sum_type, sweep_constants
 from .operands import padded, starts, sum_dtype
-from .table import Descriptor, Kept, Space, words
+from .table import Descriptor, Kept, Space, dtype_number, words
 from .tiles import WORKERS, Compiler, tiles_for
 
 COMBINE_ROWS, COMBINE_DEPTH = 8, 32
@@ -47,7 +47,7 @@ class Gradients:
     Attributes:
         rows: [N, D] of every space.
         vectors, offset: of every bank; None where it has none. The offset of a contrastive term is
-            its 1/τ.
+            its 1/τ; an overlap's, a constant, has none.
     """
 
     rows: list[Tensor]
@@ -66,13 +66,18 @@ def backward(
         upstream: one a bank.
         spaces: [N, D] all rows of the step.
         kept: gradients from the forward pass.
-        want_bank: whether the gradients at banks and offsets are wanted.
+        want_bank: whether the gradients at banks and offsets of heads are wanted.
     """
     n, dtype = spaces[0].shape[0], spaces[0].dtype
     row = spaces[0].new_empty(0, dtype=sum_dtype(dtype))
     tiles = tiles_for(spaces[0])
     operands, table = prepare(banks, spaces[0])
-    shares, parts, items, tile_of = _bank_work(banks, n, want_bank, tiles.columns)
+    trained = [
+        # Its vectors move with the rows.
+        start.swept if bank.kind == OVERLAP.value else want_bank and bank.is_trained
+        for bank, start in zip(banks, upstream, strict=True)
+    ]
+    shares, parts, items, tile_of = _bank_work(banks, n, trained, tiles.columns)
     result = Gradients([x.new_empty(x.shape) for x in spaces], [], [])
     swept: dict[int, Tensor] = {}
     along = row.new_empty(n)
@@ -162,11 +167,12 @@ def backward(
 
 
 def _bank_work(
-    banks: list[Bank], n: int, want_bank: bool, tile: int
+    banks: list[Bank], n: int, trained: list[bool], tile: int
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     """How the gradients at the banks are shared out, by bank.
 
     Args:
+        trained: which of them get any.
         tile: rows and vectors of a tile.
 
     Returns:
@@ -175,18 +181,17 @@ def _bank_work(
     """
     row_tiles = triton.cdiv(n, tile)
     shares, parts, items, tile_of = [], [], [], []
-    for bank in banks:
-        trained = want_bank and bank.is_trained
+    for bank, is_trained in zip(banks, trained, strict=True):
         classes = bank.vectors.shape[0]
         bank_tiles = triton.cdiv(classes, tile)
         wanted = max(1, min(row_tiles, MAX_SPLITS, WANTED_BANK_TILES // bank_tiles))
         # No part without a row.
         share = triton.cdiv(row_tiles, wanted)
-        count = triton.cdiv(row_tiles, share) if trained else 0
+        count = triton.cdiv(row_tiles, share) if is_trained else 0
         shares.append(share * tile)
         parts.append(count)
         items.append(count * bank_tiles)
-        tile_of.append(triton.cdiv(classes, COMBINE_ROWS) if trained else 0)
+        tile_of.append(triton.cdiv(classes, COMBINE_ROWS) if is_trained else 0)
     return shares, parts, items, tile_of
 
 
@@ -202,6 +207,8 @@ def _describe_results(
     offset = row.new_empty(classes, dtype=bank.offset_dtype)
     descriptor.bank_out, descriptor.offset_out, descriptor.width = vectors, offset, depth
     descriptor.bank_type, descriptor.offset_type = (
-        DTYPES.index(str(tensor.dtype).removeprefix("torch.")) for tensor in (vectors, offset)
+        dtype_number(tensor.dtype) for tensor in (vectors, offset)
     )
-    result.vectors[-1], result.offset[-1] = vectors, offset
+    result.vectors[-1] = vectors
+    if bank.kind != OVERLAP.value:
+        result.offset[-1] = offset

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .epilogues import PAIRS, PROTOTYPE
+from .epilogues import IDENTITY, OVERLAP, PAIRS, PROTOTYPE
 from .operands import Operands, Request, sum_dtype
 from .table import Descriptor
 
@@ -30,13 +30,15 @@ class Bank:
     """One term of the step. All x of a step have one dtype and one number of rows.
 
     Attributes:
-        kind: number in `fino_fast.ops.KINDS`, or PAIRS of `epilogues`.
+        kind: number in `fino_fast.ops.KINDS`, or PAIRS or OVERLAP of `epilogues`.
         space: number of x among the different ones of the step.
         x: [N, D] rows.
-        vectors: [K, D] class weights, centroids, output vectors, or the rows of all ranks.
-        offset: [K] bias or φ; of a contrastive term 1/τ, 0-d.
+        vectors: [K, D] class weights, centroids, output vectors, the rows of all ranks, or what a
+            factor explains.
+        offset: [K] bias or φ; of a contrastive term 1/τ, 0-d; of an overlap by what its rows are
+            multiplied, 0-d.
         target, inv_count, counts, smoothing, guidance: as in `terms.HeadCall`; targets and counts
-            are empty where there are none.
+            are empty where there are none. The target of an overlap is a row of zeros, [K].
         weight: by which the loss counts.
         batch: of a contrastive term.
     """
@@ -82,7 +84,8 @@ def prepare(banks: list[Bank], like: Tensor) -> tuple[Operands, list[Descriptor]
     """
     spaces = {bank.space: bank.x for bank in banks}
     cosine = {bank.space for bank in banks if bank.kind in (PROTOTYPE.value, PAIRS.value)}
-    requests = [Request(x, norms=i in cosine) for i, x in spaces.items()]
+    scale = {bank.space: bank.offset for bank in banks if bank.kind == OVERLAP.value}
+    requests = [Request(x, norms=i in cosine, factor=scale.get(i)) for i, x in spaces.items()]
     for bank in banks:
         if bank.kind == PROTOTYPE.value:
             requests.append(Request(bank.vectors, unit=True, divisor=bank.offset))
@@ -96,7 +99,7 @@ def prepare(banks: list[Bank], like: Tensor) -> tuple[Operands, list[Descriptor]
     for bank, ready in zip(banks, operands.ready[len(spaces) :], strict=True):
         rows = rows_of[bank.space]
         descriptor = Descriptor(
-            kind=bank.kind,
+            kind=IDENTITY.value if bank.kind == OVERLAP.value else bank.kind,
             x=rows.matrix,
             x_stride=rows.matrix.stride(0),
             depth=rows.matrix.shape[1],
@@ -104,8 +107,9 @@ def prepare(banks: list[Bank], like: Tensor) -> tuple[Operands, list[Descriptor]
             bank=ready.matrix,
             bank_stride=ready.matrix.stride(0),
             classes=bank.vectors.shape[0],
-            offset=bank.offset,
+            offset=bank.target if bank.kind == OVERLAP.value else bank.offset,
             target=bank.target,
+            target_stride=0 if bank.kind == OVERLAP.value else bank.vectors.shape[0],
             counts=bank.counts,
             smoothing=float(bank.smoothing),
             inv_count=bank.inv_count,

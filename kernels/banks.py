@@ -7,12 +7,9 @@ too. A program finishes a tile's part of the rows alone; `combine` adds the part
 import triton
 import triton.language as tl
 
-from .epilogues import is_cosine, is_error, squared_errors
+from .epilogues import is_error, squared_errors
 from .table import (
-    BANK,
-    BANK_STRIDE,
     CLASSES,
-    DEPTH_OF,
     FIELDS,
     FIRST_ITEM,
     GRAD_BANK,
@@ -25,15 +22,14 @@ from .table import (
     SHARE,
     SMOOTHING,
     TARGET,
+    TARGET_STRIDE,
     UPSTREAM,
     WEIGHT,
-    X_STRIDE,
-    X,
     find,
     integer,
     number,
+    operands_of,
     pointer,
-    width,
 )
 from .tile import accumulate, coefficient_gain, coefficients, finish, inner_products
 
@@ -46,8 +42,7 @@ def bank_gradient(
 ):  # fmt: skip
     """∂loss/∂bank and ∂loss/∂offset of one part of the rows, for one tile of a bank."""
     kind, classes = integer(bank, KIND), integer(bank, CLASSES)
-    x, x_stride, depth = pointer(bank, X, TYPE), width(bank, X_STRIDE), width(bank, DEPTH_OF)
-    vectors, vectors_stride = pointer(bank, BANK, TYPE), width(bank, BANK_STRIDE)
+    x, x_stride, vectors, vectors_stride, depth = operands_of(bank, TYPE)
     first_row = part * integer(bank, SHARE)
     last_row = tl.minimum(first_row + integer(bank, SHARE), n)
     local = tl.arange(0, COLUMNS)
@@ -68,15 +63,11 @@ def bank_gradient(
             )  # fmt: skip
             bias = tl.load(pointer(bank, OFFSET, SUM) + columns, mask=column_ok, other=0.0)
             s += bias[:, None]
-            if is_cosine(kind):
-                # Such banks are not trained, none comes here. But with the other branches inside
-                # this one, the compiler lays out their tiles so that they fit the registers.
-                g = 0.0 * s
-                takes_part = row_ok
-            elif is_error(kind):
+            if is_error(kind):
+                stride = integer(bank, TARGET_STRIDE)
                 _, g, observed = squared_errors(
-                    s, pointer(bank, TARGET, SUM) + tl.cast(start, tl.int64) * classes,
-                    (tile * COLUMNS + local)[:, None], (step * classes)[None, :],
+                    s, pointer(bank, TARGET, SUM) + tl.cast(start, tl.int64) * stride,
+                    (tile * COLUMNS + local)[:, None], (step * stride)[None, :],
                     column_ok[:, None] & row_ok[None, :], kind,
                 )  # fmt: skip
                 takes_part = tl.max(observed.to(tl.int32), axis=0) > 0

@@ -18,10 +18,10 @@ from torch import Tensor
 from .aot import SHARED_LIMIT, Compiled, compile_launch, record
 from .backward import Upstream, backward
 from .bank import Bank, Batch
-from .epilogues import PAIRS, PROTOTYPE, TANH
+from .epilogues import OVERLAP, PAIRS, PROTOTYPE, TANH
 from .forward import forward, kept_groups
 from .launch import Launch
-from .operands import sum_dtype
+from .operands import operands_kernel, sum_dtype
 from .page import write_between
 from .table import Kept
 from .tiles import TILES, Tiles, forced
@@ -31,7 +31,9 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 ROWS, CLASSES, VIEWS = 4096, 10_000, 2
 # Of embedding and projection: what is usual, and what no load of 16 bytes fits.
 WIDTHS = ((768, 256), (769, 1))
-HEADS = 2
+HEADS, GROUPS = 2, 35
+# Numbers of heads for which `operands` is compiled; the other kernels do not depend on them.
+MANY_HEADS = (12, 40)
 
 
 def launches(
@@ -65,6 +67,9 @@ def launches(
     banks = [bank(k, 0, z, tensor(2 if k > PROTOTYPE.value else CLASSES, widths[0])) for k in kinds]
     batch = Batch(VIEWS, 0, False)
     banks.append(Bank(PAIRS.value, 1, p, p, one, none, one, none, 0.0, 1.0, one, batch))
+    u = tensor(ROWS, widths[0], of=dtype)
+    means, zeros = tensor(GROUPS, widths[0]), tensor(GROUPS)
+    banks.append(Bank(OVERLAP.value, 2, u, means, one, zeros, one, none, 0.0, 1.0, one))
     with forced(tiles), record() as recorded:
         groups = kept_groups([b.kind for b in banks], [b.space for b in banks], False, True)
         result = forward(banks, groups, False)
@@ -72,7 +77,7 @@ def launches(
         backward(
             [banks[f] for f in swept],
             [Upstream(one, result.lse[f], result.lse[f], True) for f in swept],
-            [z, p],
+            [z, p, u],
             [Kept(gradient, 0, one, one) for gradient in result.kept],
             True,
         )
@@ -88,9 +93,11 @@ def compiled(
         dtype = getattr(torch, name)
         for capability in capabilities:
             tiles = TILES[capability // 10, dtype]
-            for widths in WIDTHS:
-                for launch in launches(dtype, tiles, widths):
-                    results.append((name, launch, compile_launch(launch, capability)))
+            wanted = [launch for widths in WIDTHS for launch in launches(dtype, tiles, widths)]
+            for heads in MANY_HEADS:
+                of_many = launches(dtype, tiles, WIDTHS[0], heads)
+                wanted += [launch for launch in of_many if launch.kernel is operands_kernel]
+            results += [(name, launch, compile_launch(launch, capability)) for launch in wanted]
     return results
 
 

@@ -35,24 +35,9 @@ from .table import (
     find,
     integer,
     pointer,
+    store_as,
     width,
 )
-
-# Of results; the field's number is the index.
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-@triton.jit
-def store_as(address, kind, offsets, value, mask):
-    """Store into memory whose dtype, an index into DTYPES, is known at run time only."""
-    if kind == 0:
-        tl.store(address.to(tl.pointer_type(tl.float32)) + offsets, value.to(tl.float32), mask)
-    elif kind == 1:
-        tl.store(address.to(tl.pointer_type(tl.bfloat16)) + offsets, value.to(tl.bfloat16), mask)
-    elif kind == 2:
-        tl.store(address.to(tl.pointer_type(tl.float16)) + offsets, value.to(tl.float16), mask)
-    else:
-        tl.store(address.to(tl.pointer_type(tl.float64)) + offsets, value.to(tl.float64), mask)
 
 
 @triton.jit
@@ -98,14 +83,12 @@ def combine_bank(bank, tile, SUM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.co
             at = (part * size + members)[:, None] * stride + k[None, :]
             total += tl.load(pointer(bank, GRAD_BANK, SUM) + at, mask=ok, other=0.0)
         at = members[:, None] * out_width + k[None, :]
-        store_as(pointer(bank, BANK_OUT, tl.int8), integer(bank, BANK_TYPE), at, total, ok)
+        store_as(tl.load(bank + BANK_OUT), integer(bank, BANK_TYPE), at, total, ok)
     offset = tl.zeros([ROWS], dtype=SUM)
     for part in range(parts):
         at = part * size + members
         offset += tl.load(pointer(bank, GRAD_OFFSET, SUM) + at, mask=member_ok, other=0.0)
-    store_as(
-        pointer(bank, OFFSET_OUT, tl.int8), integer(bank, OFFSET_TYPE), members, offset, member_ok
-    )
+    store_as(tl.load(bank + OFFSET_OUT), integer(bank, OFFSET_TYPE), members, offset, member_ok)
 
 
 @triton.jit

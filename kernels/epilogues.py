@@ -1,7 +1,8 @@
 """What the terms do with a tile of logits: the only places where their kinds differ.
 
 The kinds are those of `fino_fast.ops.KINDS`, and PAIRS. Their sums over a row are of two
-sorts: the log-sum-exp with the target's logit, or the errors.
+sorts: the log-sum-exp with the target's logit, or the errors. An OVERLAP, ‖U Mᵀ‖² of an orthogonal
+term, is the squared error of IDENTITY outputs whose biases and targets are all zero.
 """
 
 import triton
@@ -11,6 +12,7 @@ from .tile import inner_products
 
 PROTOTYPE, IDENTITY, SIGMOID, TANH = (tl.constexpr(i) for i in range(1, 5))  # 0 is linear
 PAIRS = tl.constexpr(5)  # the contrastive term: the bank is the rows of all ranks
+OVERLAP = tl.constexpr(6)  # to the kernels an IDENTITY
 
 
 @triton.jit

@@ -89,6 +89,11 @@ def rows_read(entries: int, itemsize: int) -> Cost:
     return Cost(0, entries * itemsize, entries * itemsize)
 
 
+def values_read(entries: int, sums: int) -> Cost:
+    """Targets of continuous outputs, or of an overlap; every sweep reads them once."""
+    return Cost(0, entries * sums, entries * sums)
+
+
 def combined(entries: int, parts: int, sums: int, itemsize: int) -> Cost:
     """Entries of a gradient that `combine` adds from its parts and writes in its own dtype."""
     moved = entries * (parts * sums + itemsize)
@@ -137,6 +142,15 @@ def head_cost(
     )
 
 
+def overlap_cost(n: int, depth: int, groups: int, itemsize: int, tiles: Tiles) -> Cost:
+    """The overlap of a factor of few groups, with its gradients at U and M."""
+    sums = max(4, itemsize)
+    # Both passes multiply U by its factor; three sweeps read the targets, which are zero.
+    operands, zeros = copied(n * depth, (itemsize, itemsize)), values_read(n * groups, sums)
+    swept = head_cost(n, depth, groups, (itemsize, sums), tiles, trained=True)
+    return swept + operands + operands + zeros + zeros + zeros
+
+
 @dataclass(frozen=True)
 class Chip:
     """Limits of a GPU, per second, by its vendor's data sheet.
@@ -170,15 +184,16 @@ CHIPS = (
     Chip("H200 SXM", 9, 989e12, 5120 * 1.83e9, 4.8e12),
 )
 BATCHES = (4096, 16384, 65536)
-VIEWS, PROJECTION, DEPTH, CLASSES = 2, 256, 768, 10_000
+VIEWS, PROJECTION, DEPTH, CLASSES, GROUPS = 2, 256, 768, 10_000, 35
 BF16, FP32 = 2, 4
 
 
 def table() -> str:
     """Predicted times of one rank with the whole batch, in ms, as Markdown."""
     lines = [
-        "| B | chip | contrastive, ms | limit | linear, ms | limit | prototype, ms | limit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| B | chip | contrastive, ms | limit | linear, ms | limit | prototype, ms | limit | "
+        "overlap, ms | limit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for images in BATCHES:
         rows = VIEWS * images
@@ -188,11 +203,12 @@ def table() -> str:
                 contrastive_cost(rows, rows, PROJECTION, BF16, tiles),
                 head_cost(rows, DEPTH, CLASSES, (BF16, FP32), tiles, trained=True),
                 head_cost(rows, DEPTH, CLASSES, (BF16, FP32), tiles, trained=False),
+                overlap_cost(rows, DEPTH, GROUPS, BF16, tiles),
             )
             cells = []
             for cost in costs:
                 seconds, limit = chip.seconds(cost)
-                cells.append(f"{1e3 * seconds:.1f} | {limit}")
+                cells.append(f"{1e3 * seconds:.3g} | {limit}")
             lines.append(f"| {images:,} | {chip.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

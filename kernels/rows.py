@@ -18,13 +18,10 @@ from .epilogues import (
 )
 from .table import (
     ALONG,
-    BANK,
-    BANK_STRIDE,
     BEST,
     CLASSES,
     COLUMN_LSE,
     COUNTS,
-    DEPTH_OF,
     FIELDS,
     FIRST,
     GRAD_X,
@@ -40,15 +37,14 @@ from .table import (
     SMOOTHING,
     SPLITS,
     TARGET,
+    TARGET_STRIDE,
     TWO_TOWER,
     UPSTREAM,
     WEIGHT,
-    X_STRIDE,
-    X,
     integer,
     number,
+    operands_of,
     pointer,
-    width,
 )
 from .tile import CLAMPED, LOWEST, accumulate, coefficient_gain, coefficients, finish
 
@@ -118,8 +114,9 @@ def rows_gradient(
     what the other row's loss, of any rank, sends to this row.
     """
     kind, classes = integer(bank, KIND), integer(bank, CLASSES)
-    x, x_stride, depth = pointer(bank, X, TYPE), width(bank, X_STRIDE), width(bank, DEPTH_OF)
-    vectors, vectors_stride = pointer(bank, BANK, TYPE), width(bank, BANK_STRIDE)
+    x, x_stride, vectors, vectors_stride, depth = operands_of(bank, TYPE)
+    # Here, and in this form, it costs the fewest registers.
+    stride = tl.where(integer(bank, TARGET_STRIDE) > 0, classes, 0)
     local_rows = tl.arange(0, ROWS)
     rows = tile.to(tl.int64) * ROWS + local_rows
     row_ok = rows < n
@@ -171,8 +168,8 @@ def rows_gradient(
                     along += tl.sum(g * s, axis=1)
                 else:
                     _, g, _ = squared_errors(
-                        s, pointer(bank, TARGET, SUM) + tile.to(tl.int64) * ROWS * classes,
-                        local_rows[:, None] * classes, (start + step)[None, :],
+                        s, pointer(bank, TARGET, SUM) + tile.to(tl.int64) * ROWS * stride,
+                        local_rows[:, None] * stride, (start + step)[None, :],
                         row_ok[:, None] & column_ok[None, :], kind,
                     )  # fmt: skip
             at = work + local_rows[:, None] * CHUNK + (start - chunk + step)[None, :]

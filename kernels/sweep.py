@@ -15,12 +15,9 @@ from .epilogues import (
     squared_errors,
 )
 from .table import (
-    BANK,
-    BANK_STRIDE,
     BEST,
     CLASSES,
     COUNTS,
-    DEPTH_OF,
     FIELDS,
     FIRST,
     FIRST_PROGRAM,
@@ -33,14 +30,13 @@ from .table import (
     SMOOTHING,
     SPLITS,
     TARGET,
+    TARGET_STRIDE,
     TWO_TOWER,
-    X_STRIDE,
-    X,
     find,
     integer,
     number,
+    operands_of,
     pointer,
-    width,
 )
 from .tile import LOWEST
 
@@ -56,8 +52,7 @@ def sweep_kernel(
     splits, kind, classes = integer(bank, SPLITS), integer(bank, KIND), integer(bank, CLASSES)
     program -= integer(bank, FIRST_PROGRAM)
     split = program % splits
-    x, x_stride, depth = pointer(bank, X, TYPE), width(bank, X_STRIDE), width(bank, DEPTH_OF)
-    vectors, vectors_stride = pointer(bank, BANK, TYPE), width(bank, BANK_STRIDE)
+    x, x_stride, vectors, vectors_stride, depth = operands_of(bank, TYPE)
     offset, epsilon = pointer(bank, OFFSET, SUM), number(bank, SMOOTHING, SUM)
 
     first_row = (program // splits).to(tl.int64) * ROWS
@@ -86,9 +81,10 @@ def sweep_kernel(
             kind, depth, TYPE, SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
         )  # fmt: skip
         if is_error(kind):
+            stride = integer(bank, TARGET_STRIDE)
             error, _, _ = squared_errors(
-                s, pointer(bank, TARGET, SUM) + first_row * classes,
-                tl.arange(0, ROWS)[:, None] * classes, (tile * COLUMNS + step)[None, :],
+                s, pointer(bank, TARGET, SUM) + first_row * stride,
+                tl.arange(0, ROWS)[:, None] * stride, (tile * COLUMNS + step)[None, :],
                 row_ok[:, None] & column_ok[None, :], kind,
             )  # fmt: skip
             at_target += tl.sum(error, axis=1)

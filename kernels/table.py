@@ -1,4 +1,4 @@
-"""The descriptors of all banks of a step, in one table in device memory.
+"""Records for the device: the descriptors of all banks of a step, in one table in device memory.
 
 The launch of `operands` writes it from its own arguments: nothing is copied from the host, a CUDA
 graph can capture it, and the kernels that follow take one pointer, whatever the number of banks,
@@ -10,6 +10,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,12 +25,13 @@ class Descriptor:
     A field that the kind of the bank or the pass has no use for stays 0.
 
     Attributes:
-        kind: number in `fino_fast.ops.KINDS`, or PAIRS of `epilogues`.
+        kind: number in `fino_fast.ops.KINDS`, or PAIRS or OVERLAP of `epilogues`.
         x, x_stride, depth: [N, W] rows, W the columns, in the dtype of the launch.
         norms: [N] inverse norms of the rows.
         bank, bank_stride, classes: [K, W] vectors.
         offset: [K] biases in the dtype of the sums.
-        target: [N] int64, or [N, K] values in the dtype of the sums.
+        target, target_stride: [N] int64, or [N, K] values in the dtype of the sums; stride 0: one
+            row for all.
         counts: [K] int64.
         smoothing: ε.
         inv_count: 0-d.
@@ -59,6 +61,7 @@ class Descriptor:
     classes: int
     offset: Tensor
     target: Tensor
+    target_stride: int
     counts: Tensor
     smoothing: float
     inv_count: Tensor
@@ -92,7 +95,8 @@ class Descriptor:
 
 FIELDS = tl.constexpr(len(fields(Descriptor)))
 (
-    KIND, X, X_STRIDE, DEPTH_OF, NORMS, BANK, BANK_STRIDE, CLASSES, OFFSET, TARGET, COUNTS,
+    KIND, X, X_STRIDE, DEPTH_OF, NORMS, BANK, BANK_STRIDE, CLASSES, OFFSET, TARGET,
+    TARGET_STRIDE, COUNTS,
     SMOOTHING, INV_COUNT, LOCAL, IMAGES, FIRST, TWO_TOWER, COLUMN_LSE, LSE, BEST, SPLITS,
     WEIGHT, UPSTREAM, GUIDANCE, FIRST_PROGRAM, GROUP, GRAD_X, ALONG, FIRST_ITEM, PARTS, SHARE,
     GRAD_BANK, GRAD_OFFSET, FIRST_TILE, BANK_OUT, BANK_TYPE, WIDTH_OF, OFFSET_OUT, OFFSET_TYPE,
@@ -140,7 +144,49 @@ KEPT_FIELDS = tl.constexpr(len(fields(Kept)))
 KEPT, KEPT_SPACE, KEPT_UPSTREAM, KEPT_GUIDANCE = (tl.constexpr(i) for i in range(KEPT_FIELDS.value))
 
 
-def words(records: Sequence[Descriptor | Space | Kept]) -> list[int]:
+@dataclass
+class Matrix:
+    """What `operands` makes of one matrix.
+
+    Attributes:
+        source, source_type, stride: [rows, depth] of the numbered dtype.
+        unit: 1: its rows are divided by their norms.
+        by, times: [rows] divisors and one factor in the dtype of the sums, or None.
+        norms: [rows] inverse norms, a result.
+        copy, copy_stride: [rows, copy_stride] in the dtype of the launch, a result; or None and 0.
+        first_program: of the launch.
+    """
+
+    source: Word
+    source_type: int
+    stride: int
+    rows: int
+    depth: int
+    unit: int
+    by: Word
+    times: Word
+    norms: Word
+    copy: Word
+    copy_stride: int
+    first_program: int = 0
+
+
+MATRIX_FIELDS = tl.constexpr(len(fields(Matrix)))
+(
+    SOURCE, SOURCE_TYPE, SOURCE_STRIDE, SOURCE_ROWS, SOURCE_DEPTH, UNIT, BY, TIMES, NORM_OUT,
+    COPY, COPY_STRIDE, MATRIX_START,
+) = (tl.constexpr(i) for i in range(MATRIX_FIELDS.value))  # fmt: skip
+
+# Of memory whose dtype is known at run time only; the number of a dtype is its index.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def dtype_number(dtype: torch.dtype) -> int:
+    """As `load_as` and `store_as` take it."""
+    return DTYPES.index(dtype)
+
+
+def words(records: Sequence[Descriptor | Space | Kept | Matrix]) -> list[int]:
     """The fields of all records in order, in the form that `operands_kernel` takes.
 
     Triton compiles a kernel again for every new pattern of ones, of multiples of 16 and of numbers
@@ -162,9 +208,19 @@ def _bits(value: Word) -> int:
 
 
 @triton.jit
+def as_integer(word):
+    """One that needs 32 bits only."""
+    return (word >> 1).to(tl.int32)
+
+
+@triton.jit
+def as_pointer(word, TYPE: tl.constexpr):
+    return (word << 1 >> 2).to(tl.pointer_type(TYPE))
+
+
+@triton.jit
 def integer(record, FIELD: tl.constexpr):
-    """A field that needs 32 bits only."""
-    return (tl.load(record + FIELD) >> 1).to(tl.int32)
+    return as_integer(tl.load(record + FIELD))
 
 
 @triton.jit
@@ -174,7 +230,7 @@ def number(record, FIELD: tl.constexpr, SUM: tl.constexpr):
 
 @triton.jit
 def pointer(record, FIELD: tl.constexpr, TYPE: tl.constexpr):
-    return (tl.load(record + FIELD) << 1 >> 2).to(tl.pointer_type(TYPE))
+    return as_pointer(tl.load(record + FIELD), TYPE)
 
 
 @triton.jit
@@ -187,12 +243,46 @@ def width(record, FIELD: tl.constexpr):
 
 
 @triton.jit
+def operands_of(bank, TYPE: tl.constexpr):
+    """(x, x_stride, vectors, vectors_stride, depth) of a sweep."""
+    x, vectors = pointer(bank, X, TYPE), pointer(bank, BANK, TYPE)
+    return x, width(bank, X_STRIDE), vectors, width(bank, BANK_STRIDE), width(bank, DEPTH_OF)
+
+
+@triton.jit
 def find(table, entries, FIELDS: tl.constexpr, FIELD: tl.constexpr, program):
     """Which bank `program` works on; in `FIELD`, which ascends from 0, the first one's number."""
     index = -1
     for first in range(0, entries, 128):
         entry = first + tl.arange(0, 128)
         exists = entry < entries
-        begins = (tl.load(table + entry * FIELDS + FIELD, mask=exists, other=0) >> 1).to(tl.int32)
+        begins = as_integer(tl.load(table + entry * FIELDS + FIELD, mask=exists, other=0))
         index += tl.sum((exists & (begins <= program)).to(tl.int32), axis=0)
     return index
+
+
+@triton.jit
+def load_as(address, kind, offsets, mask, SUM: tl.constexpr):
+    """A tile of memory at the word `address`, of dtype number `kind`, as SUM; 0 where masked."""
+    if kind == 0:
+        x = tl.load(as_pointer(address, tl.float32) + offsets, mask=mask, other=0.0).to(SUM)
+    elif kind == 1:
+        x = tl.load(as_pointer(address, tl.bfloat16) + offsets, mask=mask, other=0.0).to(SUM)
+    elif kind == 2:
+        x = tl.load(as_pointer(address, tl.float16) + offsets, mask=mask, other=0.0).to(SUM)
+    else:
+        x = tl.load(as_pointer(address, tl.float64) + offsets, mask=mask, other=0.0).to(SUM)
+    return x
+
+
+@triton.jit
+def store_as(address, kind, offsets, value, mask):
+    """Store a tile into memory at the word `address`, of dtype number `kind`."""
+    if kind == 0:
+        tl.store(as_pointer(address, tl.float32) + offsets, value.to(tl.float32), mask)
+    elif kind == 1:
+        tl.store(as_pointer(address, tl.bfloat16) + offsets, value.to(tl.bfloat16), mask)
+    elif kind == 2:
+        tl.store(as_pointer(address, tl.float16) + offsets, value.to(tl.float16), mask)
+    else:
+        tl.store(as_pointer(address, tl.float64) + offsets, value.to(tl.float64), mask)

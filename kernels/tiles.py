@@ -55,8 +55,8 @@ class Tiles:
 
 # (compute capability major, dtype of the rows) → tiles.
 TILES = {
-    (8, torch.bfloat16): Tiles(64, 64, 64, 32, 64, 512, Compiler(8, 3)),
-    (8, torch.float16): Tiles(64, 64, 64, 32, 64, 512, Compiler(8, 3)),
+    (8, torch.bfloat16): Tiles(128, 64, 64, 32, 64, 512, Compiler(8, 3)),
+    (8, torch.float16): Tiles(128, 64, 64, 32, 64, 512, Compiler(8, 3)),
     (8, torch.float32): Tiles(64, 32, 32, 32, 32, 256, Compiler(8, 2)),
     (8, torch.float64): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
     (9, torch.bfloat16): Tiles(128, 128, 64, 64, 64, 512, Compiler(8, 3)),

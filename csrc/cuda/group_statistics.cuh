@@ -20,12 +20,14 @@ namespace fino {
 
 constexpr int kRuns = 16;  // warps of a block
 constexpr int kAhead = 8;  // rows that a warp loads before it uses the first
+constexpr float kHalfMax = 65504;
 
 template <typename T>
 struct GroupStatistics {
   FinoFactor factors[kFinoMaxFactors];
   const T* z;  // [count, width]
   int64_t count, width, groups;
+  int64_t first, local;  // rows of which U is wanted
 };
 
 // Of a block, in shared memory.
@@ -41,6 +43,7 @@ class Stripe {
       : factor_(factor), rows_{factor.order, factor.labels, a.count}, width_(a.width),
         column_(int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp), present_(column_ < a.width),
         warp_(threadIdx.x / kWarp), lane_(threadIdx.x % kWarp), z_(a.z + column_),
+        local_first_(a.first), local_count_(a.local),
         signal_(factor.squares + blockIdx.x * a.groups), rest_(signal_ + gridDim.x * a.groups),
         runs_(runs) {
     first_ = rows_.first_valid();
@@ -69,8 +72,18 @@ class Stripe {
     for (int64_t i = warp_; i < first_; i += kRuns) {
       const int64_t row = rows_.order[i];
       if (writes_rows()) factor_.group[row] = -1;
-      if (present_ && factor_.rest != nullptr) factor_.rest[row * width_ + column_] = 0;
+      enter_rest(row, 0);
     }
+  }
+
+  // An entry of U, in the type of z.
+  __device__ void enter_rest(int64_t row, double value) {
+    const int64_t local = row - local_first_;
+    if (!present_ || factor_.rest == nullptr || local < 0 || local >= local_count_) return;
+    T entry = T(float(value));
+    // The difference of two numbers of fp16 may be too large for it.
+    if (!isfinite(float(entry)) && isfinite(value)) entry = T(value > 0 ? kHalfMax : -kHalfMax);
+    static_cast<T*>(factor_.rest)[local * width_ + column_] = entry;
   }
 
   // Visits the run: body(position, row, group, whether the group begins here, z − about(row, group)).
@@ -198,8 +211,7 @@ class Stripe {
     each_group([&](int64_t row, int group) { return mean_ + explained(row, group); },
                [&](int64_t row, int group, double value) {
                  if (writes_rows()) factor_.group[row] = group;
-                 if (present_ && factor_.rest != nullptr)
-                   factor_.rest[row * width_ + column_] = float(value);
+                 enter_rest(row, value);
                  return value * value;
                },
                [&](int group, int64_t, double sum) {
@@ -235,6 +247,7 @@ class Stripe {
   const bool present_;
   const int warp_, lane_;
   const T* z_;
+  const int64_t local_first_, local_count_;
   float *signal_, *rest_;  // by group, of this stripe
   RunSums& runs_;
   int64_t first_, begin_, end_;  // of the valid rows, and of this warp's run

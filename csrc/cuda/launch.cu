@@ -7,7 +7,6 @@
 #include "group_statistics.cuh"
 #include "overlap_gradient.cuh"
 #include "overlap_shares.cuh"
-#include "product_sums.cuh"
 
 // The launchers themselves, which a test builds for the host with another `launch`.
 namespace {

@@ -22,7 +22,7 @@ struct FinoFactor {
   int64_t* group;         // [count], dense number of the row's category, −1 where it is missing
   double* mean;           // [width], over the rows that take part
   float* squares;         // [2, stripes, groups of all factors], ‖S‖² and ‖U‖² by stripe and group
-  float* rest;            // [count, width], U; null where it is not wanted
+  void* rest;             // [local, width] of the type of z, U; null where it is not wanted
   int64_t groups;         // rows of M: at least the number of categories in the batch
 };
 
@@ -31,37 +31,28 @@ constexpr int64_t kFinoStripe = 32;  // columns
 
 enum FinoType : int64_t { kFinoFloat, kFinoHalf, kFinoBfloat16 };
 
-// Splits z [count, width] of the given type by every factor; `groups` is the sum over the factors.
+// Splits z [count, width] of the given type by every factor; `groups` is the sum over the factors. U
+// is wanted of the `local` rows from `first` on.
 int fino_group_statistics(const FinoFactor* factors, int64_t factor_count, const void* z,
-                          int64_t type, int64_t count, int64_t width, int64_t groups, void* stream);
+                          int64_t type, int64_t count, int64_t width, int64_t groups, int64_t first,
+                          int64_t local, void* stream);
 
-// Sums of products, as in ‖S Uᵀ‖² = Σ_ig sizes_g h_ig² = tr(SᵀS · UᵀU).
-struct FinoProduct {
-  const float* a;      // [rows, columns]
-  const float* b;      // [rows, columns]
-  const float* sizes;  // [columns], a factor of every column; null: 1
-  int64_t rows, columns;
-  double* parts;       // [kFinoParts], whose sum is Σ a·b·sizes
-};
-
-constexpr int64_t kFinoParts = 64;
-
-int fino_product_sums(const FinoProduct* products, int64_t product_count, void* stream);
-
-// What the term R of one factor is made of; see overlap_shares.cuh.
+// What the term R of one factor needs of its sums; see overlap_shares.cuh.
 struct FinoOverlap {
-  const float* squares;    // as in FinoFactor
-  const double* numerator;  // [parts], whose sum is ‖S Uᵀ‖²; null: suppress, which needs none
-  int64_t parts;
+  const float* squares;  // as in FinoFactor, like the following
+  const float* sizes;    // [groups]
   int64_t groups;
-  float* sums;             // [2, groups of all factors], ‖S‖² and ‖U‖² by group
-  float* share;            // [], R
-  double* coefficients;    // [3], of the gradient
+  float* sums;           // [2, groups of all factors], ‖S‖² and ‖U‖² by group
+  float* factors;        // [groups] of M in the sweep
+  float* scale;          // [], of U in the sweep
+  float* share;          // [], R; 1 where a sweep gives it
+  double* coefficients;  // [2], of the gradient: of S and of U
+  bool preserve;         // it is swept
 };
 
-// Finishes the terms of all factors; `stripes` and `groups` as in fino_group_statistics.
+// Does so for all factors; `stripes`, `groups` and `count` as in fino_group_statistics.
 int fino_overlap_shares(const FinoOverlap* overlaps, int64_t overlap_count, int64_t stripes,
-                        int64_t groups, void* stream);
+                        int64_t groups, int64_t count, void* stream);
 
 // What the gradient of one factor's term at z is made of; see overlap_gradient.cuh.
 struct FinoOverlapGradient {
@@ -69,11 +60,11 @@ struct FinoOverlapGradient {
   const double* basis;         // [count, groups] or null
   const double* mean;          // [width]
   const float* means;          // [groups, width], M
-  const float* rest;           // [count, width], U, or null: suppress
-  const float* rest_side;      // [count, width], U SᵀS, or null
-  const float* signal_side;    // [groups, width], M UᵀU, or null
-  const double* coefficients;  // [3], of fino_overlap_shares
-  const float* scale;          // [], the gradient at R
+  const float* sizes;          // [groups]
+  const void* at_rest;         // [count, width] of the type of z, the gradient at U, or null
+  const float* at_means;       // [groups, width], the gradient at M, or null
+  const double* coefficients;  // [2], of fino_overlap_shares
+  const float* scale;          // [], the gradient at the share
   int64_t groups;
 };
 

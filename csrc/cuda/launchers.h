@@ -16,9 +16,10 @@ int by_launch(const Entry* table, int64_t size, int64_t most, One one) {
 
 template <typename T>
 int group_statistics(const FinoFactor* factors, int64_t factor_count, const void* z, int64_t count,
-                     int64_t width, int64_t groups, void* stream) {
+                     int64_t width, int64_t groups, int64_t first, int64_t local, void* stream) {
   return by_launch(factors, factor_count, kFinoMaxFactors, [&](const FinoFactor* some, int64_t n) {
-    fino::GroupStatistics<T> arguments{{}, static_cast<const T*>(z), count, width, groups};
+    fino::GroupStatistics<T> arguments{{}, static_cast<const T*>(z), count, width, groups, first,
+                                       local};
     for (int64_t f = 0; f < n; ++f) arguments.factors[f] = some[f];
     return launch(fino::group_statistics<T>, unsigned((width + kFinoStripe - 1) / kFinoStripe),
                   unsigned(n), fino::kRuns * fino::kWarp, arguments, stream);
@@ -43,29 +44,19 @@ int overlap_gradient(const FinoOverlapGradient* overlaps, int64_t overlap_count,
 }  // namespace
 
 int fino_group_statistics(const FinoFactor* factors, int64_t factor_count, const void* z,
-                          int64_t type, int64_t count, int64_t width, int64_t groups,
-                          void* stream) {
+                          int64_t type, int64_t count, int64_t width, int64_t groups, int64_t first,
+                          int64_t local, void* stream) {
   const auto by_type = type == kFinoHalf       ? group_statistics<__half>
                        : type == kFinoBfloat16 ? group_statistics<__nv_bfloat16>
                                                : group_statistics<float>;
-  return by_type(factors, factor_count, z, count, width, groups, stream);
-}
-
-int fino_product_sums(const FinoProduct* products, int64_t product_count, void* stream) {
-  return by_launch(products, product_count, kFinoMaxFactors,
-                   [&](const FinoProduct* some, int64_t n) {
-    fino::ProductSums arguments{};
-    for (int64_t i = 0; i < n; ++i) arguments.products[i] = some[i];
-    return launch(fino::product_sums, unsigned(kFinoParts), unsigned(n), fino::kThreads, arguments,
-                  stream);
-  });
+  return by_type(factors, factor_count, z, count, width, groups, first, local, stream);
 }
 
 int fino_overlap_shares(const FinoOverlap* overlaps, int64_t overlap_count, int64_t stripes,
-                        int64_t groups, void* stream) {
+                        int64_t groups, int64_t count, void* stream) {
   return by_launch(overlaps, overlap_count, kFinoMaxFactors,
                    [&](const FinoOverlap* some, int64_t n) {
-    fino::OverlapShares arguments{{}, stripes, groups};
+    fino::OverlapShares arguments{{}, stripes, groups, count};
     for (int64_t i = 0; i < n; ++i) arguments.overlaps[i] = some[i];
     return launch(fino::overlap_shares, unsigned(n), 1, fino::kShareThreads, arguments, stream);
   });

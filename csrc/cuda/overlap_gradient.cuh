@@ -1,4 +1,5 @@
-// The gradient of the orthogonal terms of all factors at z; the formulas are in overlap_shares.cuh.
+// The gradient of the orthogonal terms of all factors at z, from those at U and M, which the sweep
+// gives, and from the coefficients of overlap_shares.cuh.
 //
 // The rows of U sum to zero in every group and those of S over all, and so do all parts of the
 // gradient: what the means send back to the rows is nothing, and each row stands for itself.
@@ -20,19 +21,19 @@ struct OverlapGradient {
   bool add;  // to what is in `out`
 };
 
-// Entry (row, column) of ∂R/∂Z.
+// Entry (row, column) of the gradient of one factor's term.
 template <typename T>
 __device__ double overlap_gradient_at(const FinoOverlapGradient& overlap, const T* z, int64_t row,
                                       int64_t column, int64_t width) {
-  const double sides = overlap.coefficients[0], by_signal = overlap.coefficients[1],
-               by_rest = overlap.coefficients[2];
-  // α S UᵀU + γ S, and S
+  const double by_signal = *overlap.scale * overlap.coefficients[0],
+               by_rest = *overlap.scale * overlap.coefficients[1];
   double gradient = 0, signal = 0;
   const auto add_signal = [&](int64_t group, double share) {
     const int64_t at = group * width + column;
     signal += share * overlap.means[at];
     gradient += share * by_signal * overlap.means[at];
-    if (overlap.signal_side != nullptr) gradient += share * sides * overlap.signal_side[at];
+    if (overlap.at_means != nullptr)
+      gradient += share * overlap.at_means[at] / overlap.sizes[group];
   };
   if (overlap.basis == nullptr)
     add_signal(overlap.group[row], 1.0);
@@ -41,10 +42,9 @@ __device__ double overlap_gradient_at(const FinoOverlapGradient& overlap, const 
       add_signal(j, overlap.basis[row * overlap.groups + j]);
 
   const int64_t at = row * width + column;
-  if (overlap.rest != nullptr)
-    gradient += by_rest * overlap.rest[at] + sides * overlap.rest_side[at];
-  else
-    gradient += by_rest * (double(float(z[at])) - overlap.mean[column] - signal);
+  gradient += by_rest * (double(float(z[at])) - overlap.mean[column] - signal);
+  if (overlap.at_rest != nullptr)
+    gradient += double(float(static_cast<const T*>(overlap.at_rest)[at]));
   return gradient;
 }
 
@@ -57,8 +57,7 @@ __global__ void overlap_gradient(OverlapGradient<T> a) {
   double sum = a.add ? double(float(a.out[entry])) : 0.0;
   for (int64_t f = 0; f < a.overlap_count; ++f)
     if (a.overlaps[f].group[row] >= 0)
-      sum += *a.overlaps[f].scale *
-             overlap_gradient_at(a.overlaps[f], a.z, row, column, a.width);
+      sum += overlap_gradient_at(a.overlaps[f], a.z, row, column, a.width);
   a.out[entry] = T(float(sum));
 }
 

@@ -7,7 +7,6 @@
 #include "launch.h"
 #include "overlap_gradient.cuh"
 #include "overlap_shares.cuh"
-#include "product_sums.cuh"
 
 #include "launchers.h"
 
@@ -17,6 +16,6 @@ extern "C" void host_order(bool from_the_last) { descending = from_the_last; }
 // fino_group_statistics on the first 32 columns only, of rows that are longer.
 extern "C" int host_first_stripe(const FinoFactor* factor, const float* z, int64_t count,
                                  int64_t width, int64_t groups) {
-  const fino::GroupStatistics<float> arguments{{*factor}, z, count, width, groups};
+  const fino::GroupStatistics<float> arguments{{*factor}, z, count, width, groups, 0, count};
   return launch(fino::group_statistics<float>, 1, 1, fino::kRuns * fino::kWarp, arguments, nullptr);
 }

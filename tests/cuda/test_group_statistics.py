@@ -29,7 +29,8 @@ def statistics(z: Tensor, designs: list[Tensor], groups: list[int]) -> Statistic
         NOTHING if design.dim() == 1 else turned(orthonormal_design(design, ~missing(design)))
         for design in designs
     ]
-    return cuda.group_statistics(z, order, labels, basis, groups, [True] * len(designs))
+    wanted = [True] * len(designs)
+    return cuda.group_statistics(z, order, labels, basis, groups, wanted, 0, len(z))
 
 
 def exact(z: Tensor, design: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,8 +134,9 @@ def test_half_precision_is_read_as_it_is(dtype: torch.dtype) -> None:
     z, labels = rows(20, 37).to(dtype), categories(20, 3)
     z[0, 0], z[1, 0] = 2.0**-24, -(2.0**-14)  # subnormal and smallest normal of fp16
     half, full = statistics(z, [labels], [3]), statistics(z.float(), [labels], [3])
-    for found, expected in zip((*half[:5], *half[5]), (*full[:5], *full[5]), strict=True):
+    for found, expected in zip(half[:5], full[:5], strict=True):
         assert torch.equal(found, expected)
+    assert torch.equal(half[5][0], full[5][0].to(dtype))
 
 
 def test_the_order_of_threads_and_strides_changes_no_bit(on_host: ctypes.CDLL) -> None:
@@ -145,6 +147,17 @@ def test_the_order_of_threads_and_strides_changes_no_bit(on_host: ctypes.CDLL) -
     run_from_the_last_thread(on_host, False)
     for found, expected in zip((*again[:5], *again[5]), (*first[:5], *first[5]), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_the_rest_of_some_rows_only() -> None:
+    """As where every rank keeps that of its own rows."""
+    z, designs = rows(50, 40), [categories(50, 5), continuous(50, 2)]
+    *_, whole = statistics(z, designs, [5, 2])
+    order, labels = sorted_labels(designs)
+    basis = [NOTHING, orthonormal_design(designs[1], ~missing(designs[1]))]
+    *_, some = cuda.group_statistics(z, order, labels, basis, [5, 2], [True, True], 20, 15)
+    for found, expected in zip(some, whole, strict=True):
+        assert torch.equal(found, expected[20:35])
 
 
 def test_more_factors_than_a_launch_takes() -> None:
@@ -195,7 +208,7 @@ def test_operator() -> None:
     order, labels = sorted_labels(designs)
     basis = [NOTHING, orthonormal_design(designs[1], ~missing(designs[1]))]
     torch.library.opcheck(
-        cuda.group_statistics, (rows(6, 3), order, labels, basis, [3, 2], [True, False])
+        cuda.group_statistics, (rows(6, 3), order, labels, basis, [3, 2], [True, False], 2, 3)
     )
 
 

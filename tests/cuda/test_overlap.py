@@ -1,14 +1,26 @@
-"""The orthogonal terms by the kernels of csrc/cuda against the reference."""
+"""The orthogonal terms by the kernels of csrc/cuda against the reference.
+
+The sweep of `preserve` is plain PyTorch here; tests/kernels has it.
+"""
 
 import copy
 import ctypes
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from cuda_case import SHAPES, categories, missing, rows, sorted_labels
+from cuda_case import (
+    SHAPES,
+    Counting,
+    by_products,
+    by_reference,
+    call,
+    categories,
+    missing,
+    rows,
+    sorted_labels,
+)
 from cuda_case import values as continuous
 from loss_case import embeddings, labels
 from torch import Tensor
@@ -17,18 +29,7 @@ from fino_fast import Categorical, Continuous, FinoLoss, InfoNCE, backends, cuda
 from fino_fast.eager import Eager
 from fino_fast.factors import Role
 from fino_fast.reference import orthonormal_design
-from fino_fast.terms import OrthogonalCall, Step, StepResult
-
-
-class Counting:
-    """The library on the host, and how often each of its launchers was called."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library, self.calls = library, Counter[str]()
-
-    def __getattr__(self, name: str) -> Any:
-        self.calls[name] += 1
-        return getattr(self.library, name)
+from fino_fast.terms import Step, StepResult
 
 
 @pytest.fixture(autouse=True)
@@ -37,17 +38,6 @@ def count(on_host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cou
     monkeypatch.setattr(cuda, "_library", lambda: library)
     monkeypatch.setattr(cuda, "serves_rows", lambda z: z.dtype in cuda.TYPES)
     return library.calls
-
-
-def call(z: Tensor, design: Tensor, role: Role, classes: int = 0) -> OrthogonalCall:
-    return OrthogonalCall(z, design, role, torch.tensor(0.5), 1.0, classes)
-
-
-def by_reference(z: Tensor, design: Tensor, role: Role) -> tuple[Tensor, Tensor]:
-    """(R, 0.5 · ∂R/∂z) by autograd through the reference, in the dtype of z."""
-    z = torch.where(missing(design)[:, None], 0.0, z).requires_grad_()
-    term = reference.orthogonal(z, design, role)
-    return term.detach(), 0.5 * torch.autograd.grad(term, z)[0]
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -67,7 +57,7 @@ def test_as_exact_as_the_reference(role: Role, n: int, width: int, classes: int)
         (torch.full((n,), -1), 4),
     ):
         x = torch.where(missing(design)[:, None], torch.nan, z).requires_grad_()
-        (term,) = overlap.overlaps([call(x, design, role, of)])
+        (term,) = by_products([call(x, design, role, of)])
         (gradient,) = torch.autograd.grad(term, x)
         exact, exact_gradient = by_reference(z.double(), design, role)
         theirs, their_gradient = by_reference(z, design, role)
@@ -82,14 +72,29 @@ def test_as_exact_as_the_reference(role: Role, n: int, width: int, classes: int)
 
 @pytest.mark.parametrize("form", [overlap.SWEEP, overlap.SQUARES])
 def test_both_forms_of_the_numerator(form: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "_form", lambda n, groups, width: form)
+    monkeypatch.setattr(overlap, "_form", lambda call, *sizes: form)
     z = rows(30, 9)
     for design, classes in ((categories(30, 4), 4), (continuous(30, 2), 0)):
         x = z.clone().requires_grad_()
-        (term,) = overlap.overlaps([call(x, design, "preserve", classes)])
+        (term,) = by_products([call(x, design, "preserve", classes)])
         exact, exact_gradient = by_reference(z.double(), design, "preserve")
         torch.testing.assert_close(term.double(), exact, rtol=1e-5, atol=0)
         (gradient,) = torch.autograd.grad(term, x)
+        torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_many_classes_of_several_factors_beside_wide_values() -> None:
+    """All forms in one launch; those of many classes are one batch, of different numbers."""
+    designs = [categories(20, 19, seed=1), continuous(20, 4), categories(20, 15, seed=2)]
+    z = rows(20, 5)
+    x = z.clone().requires_grad_()
+    classes = (19, 0, 15)
+    calls = [call(x, *of) for of in zip(designs, ["preserve"] * 3, classes, strict=True)]
+    assert [len(split.swept) for split in overlap.split(calls)] == [1]
+    for term, design in zip(by_products(calls), designs, strict=True):
+        exact, exact_gradient = by_reference(z.double(), design, "preserve")
+        torch.testing.assert_close(term.double(), exact, rtol=1e-5, atol=0)
+        (gradient,) = torch.autograd.grad(term, x, retain_graph=True)
         torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-4, atol=1e-8)
 
 
@@ -102,10 +107,8 @@ def test_one_gradient_for_all_factors_in_a_fixed_number_of_launches(count: Count
         for weight, design, role in zip((1.0, -2.0, 3.0), designs, roles, strict=True)
     )
     x = z.clone().requires_grad_()
-    terms = overlap.overlaps([call(x, *of) for of in zip(designs, roles, classes, strict=True)])
-    assert count == {
-        "fino_group_statistics": 1, "fino_product_sums": 1, "fino_overlap_shares": 1
-    }  # fmt: skip
+    terms = by_products([call(x, *of) for of in zip(designs, roles, classes, strict=True)])
+    assert count == {"fino_group_statistics": 1, "fino_overlap_shares": 1}
     (gradient,) = torch.autograd.grad(terms[0] - 2 * terms[1] + 3 * terms[2], x)
     assert count["fino_overlap_gradient"] == 1
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-8)
@@ -117,30 +120,40 @@ def test_more_factors_than_a_launch_takes() -> None:
     for design in designs:
         expected += by_reference(z, design, "suppress")[1]
     x = z.clone().requires_grad_()
-    terms = overlap.overlaps([call(x, design, "suppress", 3) for design in designs])
+    terms = by_products([call(x, design, "suppress", 3) for design in designs])
     (gradient,) = torch.autograd.grad(torch.stack(terms).sum(), x)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
+    """U is kept in the dtype of the rows, all else is not."""
     design = categories(25, 4)
     z = rows(25, 33).to(dtype)
-    for role in ("preserve", "suppress"):
+    for role, loss in (("preserve", torch.finfo(dtype).eps), ("suppress", 1e-6)):
         x = z.clone().requires_grad_()
-        (term,) = overlap.overlaps([call(x, design, role, 4)])
+        (term,) = by_products([call(x, design, role, 4)])
         exact, exact_gradient = by_reference(z.double(), design, role)
         assert term.dtype == torch.float32
-        torch.testing.assert_close(term.double(), exact, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(term.double(), exact, rtol=loss, atol=0)
         (gradient,) = torch.autograd.grad(1000 * term, x)
         assert gradient.dtype == dtype
-        close = {"rtol": torch.finfo(dtype).eps, "atol": 1e-4}
+        size = float(exact_gradient.abs().max())
+        close = {"rtol": torch.finfo(dtype).eps, "atol": 1000 * (loss + 1e-4) * size}
         torch.testing.assert_close(gradient.double(), 1000 * exact_gradient, **close)
+
+
+def test_a_difference_that_fp16_has_no_room_for() -> None:
+    z = torch.tensor([[-60000.0, 1.0], [60000.0, 2.0], [60000.0, 5.0], [60000.0, 3.0]]).half()
+    x = z.requires_grad_()
+    (term,) = by_products([call(x, torch.tensor([0, 0, 1, 1]), "preserve", 2)])
+    assert term.isfinite()
+    assert torch.autograd.grad(term, x)[0].isfinite().all()
 
 
 def test_fp64_is_left_to_the_reference(count: Counter[str]) -> None:
     z, design = rows(9, 4).double().requires_grad_(), categories(9, 3)
-    (term,) = overlap.overlaps([call(z, design, "preserve", 3)])
+    (term,) = by_products([call(z, design, "preserve", 3)])
     assert torch.equal(term, reference.orthogonal(z, design, "preserve"))
     assert not count
 
@@ -151,13 +164,13 @@ def test_sums_far_from_one() -> None:
     exact, _ = by_reference(z.double(), design, "preserve")
     for scale, expected in ((1e10, exact), (1e-8, torch.zeros_like(exact))):
         x = (scale * z).requires_grad_()
-        (term,) = overlap.overlaps([call(x, design, "preserve", 3)])
+        (term,) = by_products([call(x, design, "preserve", 3)])
         torch.testing.assert_close(term.double(), expected, rtol=1e-5, atol=0)
         assert torch.autograd.grad(term, x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("form", [overlap.SUPPRESS, overlap.SWEEP, overlap.SQUARES])
-def test_operators(form: int) -> None:
+@pytest.mark.parametrize("preserve", [[True, False], [False, False], [True, True]])
+def test_operators(preserve: list[bool]) -> None:
     designs = [categories(6, 3), continuous(6, 2)]
     order, ordered = sorted_labels(designs)
     empty = torch.empty(0, dtype=torch.float64)
@@ -165,7 +178,7 @@ def test_operators(form: int) -> None:
     z = rows(6, 3).requires_grad_()
     # The test of gradients compares them with themselves under another mode.
     torch.library.opcheck(
-        overlap.overlap_terms, (z, order, ordered, basis, [3, 2], [form, overlap.SUPPRESS])
+        overlap.overlap_split, (z, z.detach(), order, ordered, basis, [3, 2], preserve, 0)
     )
 
 
@@ -173,19 +186,15 @@ def test_operators_of_the_parts() -> None:
     z, designs = rows(6, 3), [categories(6, 3), continuous(6, 2)]
     order, ordered = sorted_labels(designs)
     basis = [torch.empty(0, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64).T]
-    groups = [3, 2]
+    groups, preserve = [3, 2], [True, False]
     means, sizes, group, mean, squares, rest = cuda.group_statistics(
-        z, order, ordered, basis, groups, [True, False]
+        z, order, ordered, basis, groups, preserve, 0, 6
     )
-    a, nothing = rest[0] @ means[:3].T, torch.empty(0)
-    torch.library.opcheck(cuda.product_sums, ([a, a], [a, a], [sizes[:3], nothing]))
-    (parts,) = cuda.product_sums([a], [a], [sizes[:3]])
-    torch.library.opcheck(cuda.overlap_shares, (squares, groups, [parts, nothing.double()]))
-    _, coefficients, sums = cuda.overlap_shares(squares, groups, [parts, nothing.double()])
+    torch.library.opcheck(cuda.overlap_shares, (squares, sizes, groups, preserve, 6))
+    *_, coefficients, sums = cuda.overlap_shares(squares, sizes, groups, preserve, 6)
     torch.testing.assert_close(sums, squares.sum(1))
     arguments = (
-        torch.ones(2), z, means, group, mean, coefficients, basis, groups, rest,
-        [a @ means[:3], nothing], [a.T @ rest[0], nothing],
+        torch.ones(2), z, means, sizes, group, mean, coefficients, basis, groups, rest, 2 * means,
     )  # fmt: skip
     torch.library.opcheck(cuda.overlap_gradient, arguments)
     turned = [
@@ -203,7 +212,7 @@ class Mixed(Eager):
     def step(self, step: Step) -> StepResult:
         calls = list(step.orthogonal)
         result = super().step(Step(step.contrastive, step.heads, (), step.balanced))
-        shares = torch.stack(overlap.overlaps(calls))
+        shares = torch.stack(by_products(calls))
         weights = reference.constants([call.weight for call in calls], shares)
         result.orthogonal = (weights.to(shares.dtype) * shares).sum()
         result.overlaps = list(shares.detach().unbind(0))

@@ -1,12 +1,17 @@
 """The Triton kernels run on a GPU where there is one, otherwise in Triton's interpreter."""
 
+import ctypes
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cuda_case import Counting, built_for_the_host
+
+from fino_fast import cuda
 
 triton = pytest.importorskip("triton", reason="triton comes with torch's CUDA builds only")
 
@@ -26,26 +31,31 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="session")
+def on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return built_for_the_host(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def cuda_launches(
+    device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Counter[str]:
+    """How often the launchers of csrc/cuda were called; without a GPU they run on the host."""
+    if device.type == "cuda":
+        library = Counting(cuda._library())
+    else:
+        library = Counting(request.getfixturevalue("on_host"))
+        monkeypatch.setattr(cuda, "serves_rows", lambda z: z.dtype in cuda.TYPES)
+        monkeypatch.setattr(cuda, "serves", lambda bank, rows: bank.dtype == torch.float32)
+    monkeypatch.setattr(cuda, "_library", lambda: library)
+    return library.calls
+
+
 @pytest.fixture(autouse=True, scope="session")
-def quick_interpreter() -> Iterator[None]:
-    """Leave out what the interpreter does twice: it patches `triton.language` for the whole launch,
-    and again in every call of a device function, which is half of its time.
-    """
-    if not triton.knobs.runtime.interpret:
-        yield
-        return
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    patch, patched = interpreter._patch_lang, set()
+def quick() -> Iterator[None]:
+    from interpreter import quick_interpreter
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Triton's own device functions reach the language by other modules: patched once.
-        if self.fn.__module__.startswith("triton") and self.fn.__module__ not in patched:
-            patched.add(self.fn.__module__)
-            patch(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    with quick_interpreter():
         yield
 
 

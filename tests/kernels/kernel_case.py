@@ -164,11 +164,16 @@ def names(launches: list[Launch]) -> list[str]:
     return [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
 
 
+def words_of(words: tuple[int, ...], record: type, name: str) -> list[int]:
+    """A field of all records."""
+    columns = [field.name for field in fields(record)]
+    return [word >> 1 & (1 << 62) - 1 for word in words[columns.index(name) :: len(columns)]]
+
+
 def described(operands: Launch, banks: int, name: str) -> list[int]:
     """A field of the descriptors that a launch of `operands` writes, of all banks."""
-    columns = [field.name for field in fields(Descriptor)]
-    words = operands.arguments["words"][: banks * len(columns)]
-    return [word >> 1 & (1 << 62) - 1 for word in words[columns.index(name) :: len(columns)]]
+    words = operands.arguments["words"][: banks * len(fields(Descriptor))]
+    return words_of(words, Descriptor, name)
 
 
 def expected_head(call: HeadCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:

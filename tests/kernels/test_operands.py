@@ -1,7 +1,17 @@
+from dataclasses import fields
+
 import pytest
 import torch
-from fino_fast.kernels.operands import Operand, Operands, Request, padded
-from kernel_case import close, launched, names, random
+from fino_fast.kernels.operands import (
+    MOST_MATRICES,
+    MOST_WORDS,
+    Operand,
+    Operands,
+    Request,
+    padded,
+)
+from fino_fast.kernels.table import Matrix
+from kernel_case import close, launched, names, random, words_of
 
 
 def operands(requests: list[Request], dtype: torch.dtype) -> list[Operand]:
@@ -30,11 +40,12 @@ def test_norms_of_matrices_of_different_shapes_and_dtypes(device: torch.device) 
 
 def test_unit_rows_and_what_they_are_divided_by(device: torch.device) -> None:
     x, by = random(5, 3, dtype=torch.float64, seed=0), torch.arange(1.0, 6, dtype=torch.float64)
-    unit, divided, multiplied = operands(
+    unit, divided, multiplied, both = operands(
         [
             Request(x.to(device), unit=True),
             Request(x.to(device), unit=True, divisor=by.to(device)),
             Request(x.to(device), unit=True, factor=by[2:3].to(device)),
+            Request(x.to(device), divisor=by.to(device), factor=by[1].to(device)),
         ],
         torch.float64,
     )
@@ -42,6 +53,7 @@ def test_unit_rows_and_what_they_are_divided_by(device: torch.device) -> None:
     close(unit.matrix[:, :3].cpu(), expected, torch.float64)
     close(divided.matrix[:, :3].cpu(), expected / by[:, None], torch.float64)
     close(multiplied.matrix[:, :3].cpu(), 3 * expected, torch.float64)
+    close(both.matrix[:, :3].cpu(), 2 * x / by[:, None], torch.float64)
     close(unit.inverse_norms.cpu(), 1 / x.norm(dim=1), torch.float64)
 
 
@@ -74,4 +86,35 @@ def test_only_what_cannot_be_read_as_it_is_gets_copied(
     assert (found.matrix.data_ptr() != moved.data_ptr()) == copied
     # One launch for all, which writes the table too.
     assert names(seen) == ["operands"]
-    assert len(seen[0].arguments["matrix"]) == copied
+    assert sum(words_of(seen[0].arguments["matrices"], Matrix, "rows")) == (3 if copied else 0)
+
+
+def test_more_than_one_launch_can_carry(device: torch.device) -> None:
+    """As of hundreds of factors; CUDA takes 32,764 bytes of arguments."""
+    matrices = [
+        random(1 + i % 3, 2, dtype=torch.float32, seed=i).to(device)
+        for i in range(MOST_MATRICES + 5)
+    ]
+    prepared = Operands([Request(matrix, unit=True) for matrix in matrices], matrices[0])
+    described = [1 << 63 | i << 1 | 1 for i in range(MOST_WORDS + 7)]
+    with launched() as seen:
+        table = prepared.launch(described)
+    assert names(seen) == ["operands"] * 2
+    for launch in seen:
+        assert 8 * sum(len(launch.arguments[name]) for name in ("matrices", "words")) < 32_000
+    for matrix, found in zip(matrices, prepared.ready, strict=True):
+        expected = matrix / matrix.norm(dim=1, keepdim=True)
+        close(found.matrix[:, :2].cpu(), expected.cpu(), torch.float32)
+    written = table[: len(described)].view(torch.int64).cpu()
+    assert torch.equal(written, torch.tensor([word - (1 << 64) for word in described]))
+
+
+@pytest.mark.parametrize(("count", "carried"), [(1, 1), (3, 4), (4, 4), (33, 64), (64, 64)])
+def test_few_numbers_of_matrices_are_compiled(
+    count: int, carried: int, device: torch.device
+) -> None:
+    matrix = random(2, 3, dtype=torch.float32, seed=0).to(device)
+    with launched() as seen:
+        operands([Request(matrix)] * count, torch.float32)
+    (launch,) = seen
+    assert len(launch.arguments["matrices"]) == carried * len(fields(Matrix))

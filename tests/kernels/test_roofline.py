@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from fino_fast.kernels.backward import Upstream, backward
+from fino_fast.kernels.bank import Bank
+from fino_fast.kernels.epilogues import OVERLAP
+from fino_fast.kernels.forward import forward
 from fino_fast.kernels.launch import Launch, intercepted, run
 from fino_fast.kernels.operands import Operands, Request
 from fino_fast.kernels.page import write_between
@@ -19,6 +23,7 @@ from fino_fast.kernels.roofline import (
     rows_read,
     sweep,
     table,
+    values_read,
 )
 from fino_fast.kernels.tiles import INTERPRETER_TILES as TILES
 from kernel_case import head_call, random, run_heads
@@ -101,6 +106,12 @@ def test_heads(kind: Kind, dtype: torch.dtype, counted: Counted, device: torch.d
     call = head_call(kind, N, DEPTH, M, dtype)
     run_heads([call], device)
     size, parts = dtype.itemsize, N // TILES.rows
+    if kind == "prototype":
+        conversion = copied(M * DEPTH, (4, size)) + rows_read(N * DEPTH, size)
+        counted.check("operands_kernel", conversion)
+    elif dtype != torch.float32:
+        # In both passes; an fp32 bank is read as it is by fp32 rows.
+        counted.check("operands_kernel", copied(2 * M * DEPTH, (4, size)))
     counted.check("sweep_kernel", sweep(N, M, DEPTH, TILE, size, TILES.depth))
     counted.check("rows_kernel", gradient_sweep(N, M, DEPTH, TILE, size, TILES, written=4))
     combine = combined(N * DEPTH, 1, 4, size)
@@ -109,6 +120,24 @@ def test_heads(kind: Kind, dtype: torch.dtype, counted: Counted, device: torch.d
         counted.check("banks_kernel", back)
         combine += combined(M * DEPTH, parts, 4, 4)
     counted.check("combine_kernel", combine)
+
+
+def test_overlap(counted: Counted, device: torch.device) -> None:
+    u, m = (random(k, DEPTH, dtype=torch.float32, seed=k).to(device) for k in (N, M))
+    one, none = torch.ones((), device=device), torch.empty(0, dtype=torch.int64, device=device)
+    zeros = torch.zeros(M, device=device)
+    bank = Bank(OVERLAP.value, 0, u, m, one, zeros, one / N, none, 0.0, 1.0, one)
+    lse = forward([bank], [-1], False).lse[0]
+    backward([bank], [Upstream(one, lse, lse, True)], [u], [], False)
+    parts = N // TILES.rows
+    counted.check("operands_kernel", copied(2 * N * DEPTH, (4, 4)))
+    zeros_read = values_read(N * M, 4)
+    at_rows = gradient_sweep(N, M, DEPTH, TILE, 4, TILES, written=4)
+    at_bank = gradient_sweep(M, N, DEPTH, TILE, 4, TILES, written=4, parts=parts)
+    counted.check("sweep_kernel", sweep(N, M, DEPTH, TILE, 4, TILES.depth) + zeros_read)
+    counted.check("rows_kernel", at_rows + zeros_read)
+    counted.check("banks_kernel", at_bank + zeros_read)
+    counted.check("combine_kernel", combined(N * DEPTH, 1, 4, 4) + combined(M * DEPTH, parts, 4, 4))
 
 
 def test_conversion(counted: Counted, device: torch.device) -> None:
