@@ -156,7 +156,11 @@ def native_build() -> dict[str, object]:
     extension = CppExtension(
         "fino_fast._C",
         [
-            "csrc/ops.cpp",
+            "csrc/ops/contrastive.cpp",
+            "csrc/ops/heads.cpp",
+            "csrc/ops/orthogonal.cpp",
+            "csrc/ops/views.cpp",
+            "csrc/ops/wide_head.cpp",
             "csrc/module.cpp",
             "csrc/cpu/capability.cpp",
             "csrc/cpu/contrastive.cpp",

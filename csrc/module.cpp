@@ -1,4 +1,4 @@
-// What Python may ask of the build. Importing the module also registers the operators of ops.cpp.
+// What Python may ask of the build. Importing the module also registers the operators of csrc/ops.
 
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>

@@ -1,7 +1,7 @@
 """The only door to native code: a typed wrapper, a fake and the autograd formula of every operator.
 
 The operators are registered under `torch.ops.fino` by importing the extension `fino_fast._C`
-(csrc/ops.cpp). Sums are in fp32, or in fp64 for fp64 input.
+(csrc/ops). Sums are in fp32, or in fp64 for fp64 input.
 """
 
 from importlib import import_module
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .distributed import gather_views
 from .reference import accumulation_dtype
 
-KINDS = ("linear", "prototype", "identity", "sigmoid", "tanh")  # HeadKind of csrc/cpu/sweep.h
+KINDS = ("linear", "prototype", "identity", "sigmoid", "tanh")  # HeadKind of csrc/cpu/heads.h
 
 try:
     import_module("fino_fast._C")
