@@ -269,6 +269,43 @@ def test_a_full_disk_ends_with_code_3_and_a_rerun_completes(
     assert content(out) == expected
 
 
+# Inside a mount namespace of its own: a tmpfs of $1 bytes at $2, then the command twice, the second
+# time with room; what was committed in between keeps its bytes.
+FULL_TMPFS = """
+mount -t tmpfs -o size=$1 none "$2" || exit 77
+shift 1; place=$1; shift 1
+"$@"; [ $? = 3 ] || exit 1
+[ -z "$(find "$place" -name '.tmp-*')" ] || exit 2
+cd "$place/out" && ls shard-*.json && sha256sum shard-* > "$place.sums" || exit 4
+mount -o remount,size=16m "$place" && "$@" && sha256sum -c --quiet "$place.sums" || exit 5
+cat MANIFEST.json >&2
+"""
+
+
+def test_a_full_tmpfs(clean: tuple[Lab, dict[str, bytes]], tmp_path: Path) -> None:
+    """ENOSPC itself, after some shards: they stay as they are, and a rerun adds the others."""
+    lab, _ = clean
+    small = ["--shard-bytes", "15000"]
+    assert main(["ingest", *lab.arguments(), *small, "--out", str(tmp_path / "whole")]) == 0
+    whole = content(tmp_path / "whole")
+    place = tmp_path / "small"
+    place.mkdir()
+    size = sum(map(len, whole.values())) * 3 // 4
+    arguments = command(lab, *small, "--out", str(place / "out"))
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", FULL_TMPFS, "-", str(size), str(place), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip(f"no mount namespaces here: {done.stderr.strip()}")
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    assert "No space left on device" in done.stderr
+    assert done.stderr.endswith(whole["MANIFEST.json"].decode())
+
+
 def test_a_full_disk_while_sealing(lab: Lab) -> None:
     lab.ingest()
     (lab.out / "MANIFEST.json").unlink()
