@@ -30,6 +30,10 @@ def import_dali() -> Any:
     return nvidia.dali
 
 
+class GraphLost(Exception):
+    """DALI gave up a graph, with all that was scheduled: it does not say for which batch."""
+
+
 class Submitted(NamedTuple):
     """A batch that DALI has in work."""
 
@@ -67,15 +71,15 @@ class DaliPipeline(ABC):
         # DALI's Python side counts what is scheduled and consumed, not safely for two threads.
         self._lock = threading.Lock()
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="fino-finish")
-        self._submitted: deque[Future[list[torch.Tensor]]] = deque()
+        self._submitted: deque[tuple[Submitted, Future[list[torch.Tensor]]]] = deque()
 
     @abstractmethod
     def _graph(self, dali: Any, image: Any) -> list[Any]:
         """What the graph makes of the decoded images: its outputs."""
 
     @abstractmethod
-    def _feed_draws(self, draws: Sequence[Draws], n: int) -> None:
-        """Hand the graph what was drawn for the first `n` images of a batch."""
+    def _feed_draws(self, pipe: Any, draws: Sequence[Draws], n: int) -> None:
+        """Hand a graph what was drawn for the first `n` images of a batch."""
 
     @abstractmethod
     def _tensors(self, batch: Submitted, outputs: Any) -> list[torch.Tensor]:
@@ -91,64 +95,93 @@ class DaliPipeline(ABC):
         batch = Submitted(rows, payloads, draws)
         with self._lock:
             if self._pipe is None:
-                self._pipe = self._build()
-                self._start(Submitted(rows[:1], payloads[:1], draws))
-            self._feed(batch)
+                self._pipe = self._started(Submitted(rows[:1], payloads[:1], draws))
+            self._feed(self._pipe, batch)
             self._pipe.schedule_run()
-            self._submitted.append(self._finisher.submit(self._finish, self._pipe, batch))
+            self._submitted.append((batch, self._finisher.submit(self._finish, self._pipe, batch)))
 
     def result(self) -> list[torch.Tensor]:
-        return self._submitted.popleft().result()
+        batch, future = self._submitted.popleft()
+        try:
+            return future.result()
+        except GraphLost:
+            return self._alone(batch)
 
     def reset(self) -> None:
         if sys.is_finalizing():
             return  # DALI has taken its pipelines down with the interpreter
         # Nobody wants these batches any more: their damaged samples are nobody's concern.
-        wait(self._submitted)
+        wait([future for _, future in self._submitted])
         self._submitted.clear()
 
     def _finish(self, pipe: Any, batch: Submitted) -> list[torch.Tensor]:
         """The views of the oldest scheduled batch of a graph.
 
         Raises:
-            DamagedSamples: samples do not decode; the graph is lost with all that was scheduled.
-            DataError: DALI failed on sound ones, with the same end, or in a batch before this one.
+            DamagedSamples: images are not what the index says.
+            GraphLost: this batch broke the graph, or one before it, or one that runs behind it.
         """
         with self._lock:
             if pipe is not self._pipe:
-                raise DataError(f"{self._shards.folder}: DALI failed on an earlier batch")
-            outputs = self._outputs(batch)
+                raise GraphLost
+            try:
+                outputs = pipe.share_outputs()
+            except RuntimeError as error:
+                self._pipe = None
+                raise GraphLost from error
         try:
-            tensors = self._tensors(batch, outputs)
-            if self._device.type == "cuda":
-                # What was copied from DALI's memory must be, before that is used again.
-                torch.cuda.current_stream(self._device).synchronize()
+            return self._taken(batch, outputs)
         finally:
             with self._lock:
                 pipe.release_outputs()
+
+    def _taken(self, batch: Submitted, outputs: Any) -> list[torch.Tensor]:
+        """The views of a batch, of which nothing is DALI's any more."""
+        tensors = self._tensors(batch, outputs)
+        if self._device.type == "cuda":
+            # What was copied from DALI's memory must be, before that is used again.
+            torch.cuda.current_stream(self._device).synchronize()
         return tensors
 
-    def _start(self, batch: Submitted) -> None:
-        """Go through the first scheduling, in which DALI runs `depth` batches: of one image."""
-        for _ in range(self.depth):
-            self._feed(batch)
-        self._pipe.schedule_run()
-        for _ in range(self.depth):
-            self._outputs(batch)
-            self._pipe.release_outputs()
+    def _alone(self, batch: Submitted) -> list[torch.Tensor]:
+        """The views of a batch, by a graph that no other batch can break.
 
-    def _feed(self, batch: Submitted) -> None:
-        encoded = [np.frombuffer(payload, dtype=np.uint8) for payload in batch.payloads]
-        self._pipe.feed_input("encoded", encoded)
-        self._feed_draws(batch.draws, len(encoded))
-
-    def _outputs(self, batch: Submitted) -> Any:
-        """The oldest scheduled batch; the caller releases it."""
+        Raises:
+            DamagedSamples: its samples do not decode, or are not what the index says.
+            DataError: DALI fails on sound ones.
+        """
+        pipe = self._build(depth=1)
+        self._feed(pipe, batch)
         try:
-            return self._pipe.share_outputs()
+            pipe.schedule_run()
+            outputs = pipe.share_outputs()
         except RuntimeError as error:
-            self._pipe = None
             raise self._blame(batch, error) from error
+        return self._taken(batch, outputs)
+
+    def _started(self, batch: Submitted) -> Any:
+        """A graph behind its first scheduling, in which DALI runs `depth` batches: of one image.
+
+        Raises:
+            DamagedSamples: that image does not decode.
+            DataError: DALI fails on it, although it is sound.
+        """
+        pipe = self._build(self.depth)
+        for _ in range(self.depth):
+            self._feed(pipe, batch)
+        try:
+            pipe.schedule_run()
+            for _ in range(self.depth):
+                pipe.share_outputs()
+                pipe.release_outputs()
+        except RuntimeError as error:
+            raise self._blame(batch, error) from error
+        return pipe
+
+    def _feed(self, pipe: Any, batch: Submitted) -> None:
+        encoded = [np.frombuffer(payload, dtype=np.uint8) for payload in batch.payloads]
+        pipe.feed_input("encoded", encoded)
+        self._feed_draws(pipe, batch.draws, len(encoded))
 
     def _blame(self, batch: Submitted, error: RuntimeError) -> DataError:
         """DALI does not say which samples broke a batch: find them."""
@@ -162,7 +195,7 @@ class DaliPipeline(ABC):
             return DamagedSamples(faults)
         return DataError(f"{self._shards.folder}: DALI failed on a batch of sound images: {error}")
 
-    def _build(self) -> Any:
+    def _build(self, depth: int) -> Any:
         dali = import_dali()
         fn, types = dali.fn, dali.types
         gpu = self._device.type == "cuda"
@@ -171,7 +204,7 @@ class DaliPipeline(ABC):
             batch_size=self._batch_size,
             num_threads=self._threads,
             device_id=(self._device.index or 0) if gpu else None,
-            prefetch_queue_depth=self.depth,
+            prefetch_queue_depth=depth,
             exec_dynamic=False,
         )
         # ANY_DATA crashes DALI 2.4 on grey JPEG: name the colour space wherever there is one.
@@ -196,7 +229,7 @@ class DaliDecoding(DaliPipeline):
     def _graph(self, dali: Any, image: Any) -> list[Any]:
         return [image]
 
-    def _feed_draws(self, draws: Sequence[Draws], n: int) -> None:
+    def _feed_draws(self, pipe: Any, draws: Sequence[Draws], n: int) -> None:
         """The graph draws nothing."""
 
     def _tensors(self, batch: Submitted, outputs: Any) -> list[torch.Tensor]:

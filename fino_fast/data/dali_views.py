@@ -41,9 +41,9 @@ class DaliViews(DaliPipeline):
         sizes = [size for count, size in self._view_counts for _ in range(count)]
         return [self._view(dali, image, i, size) for i, size in enumerate(sizes)]
 
-    def _feed_draws(self, draws: Sequence[Draws], n: int) -> None:
+    def _feed_draws(self, pipe: Any, draws: Sequence[Draws], n: int) -> None:
         def feed(name: str, array: NDArray[np.generic]) -> None:
-            self._pipe.feed_input(name, np.ascontiguousarray(array[:n]))
+            pipe.feed_input(name, np.ascontiguousarray(array[:n]))
 
         view = 0
         for d in draws:

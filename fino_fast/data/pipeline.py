@@ -115,8 +115,7 @@ class Pipeline(Protocol):
         """The oldest batch that was submitted: float32 [v, n, C, H, W] for each of its draws.
 
         Raises:
-            DamagedSamples: images of it do not decode; the other batches may be lost with it, until
-                `reset`.
+            DamagedSamples: images of it do not decode.
             DataError: the pipeline failed on sound images.
         """
 

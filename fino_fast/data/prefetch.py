@@ -126,7 +126,7 @@ class Prefetch:
                 tensors = pipeline.result()
             except DamagedSamples as damaged:
                 self._replace(decoding[0], damaged.faults, replace)
-                # A pipeline may have lost what else was in work.
+                # It comes before what else is in work, and a pipeline keeps the order.
                 pipeline.reset()
                 for work in decoding:
                     self._submit(pipeline, work, replace)

@@ -4,6 +4,7 @@ import errno
 import itertools
 import shutil
 import struct
+import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from fino_fast.data import Loader, ShardSet, Views
+from fino_fast.data.dali_pipeline import DaliPipeline
 from fino_fast.data.index import place_of
 from fino_fast.data.remote import Remote
 from fino_fast.errors import ConfigError, DataError
@@ -119,9 +121,20 @@ def spoil_pixels(path: Path) -> None:
     path.write_bytes(data[:start] + chunk + struct.pack(">I", zlib.crc32(chunk)) + rest)
 
 
-def test_both_pipelines_replace_what_does_not_decode(lab: Lab) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_both_pipelines_replace_what_does_not_decode(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
     """Images that were damaged before an unchecked ingest: their checksums are right. DALI loses
-    the batches in work with its pipeline; they are made again."""
+    the batches in work with its graph, and sound ones before it, too, where they are taken late."""
+    if late:
+        finish = DaliPipeline._finish
+
+        def wait_and_finish(*args: Any) -> list[torch.Tensor]:
+            time.sleep(0.2)
+            return finish(*args)
+
+        monkeypatch.setattr(DaliPipeline, "_finish", wait_and_finish)
     for name in ("0001.png", "0009.png", "0013.png"):
         spoil_pixels(lab.images / name)
     lab.ingest(check=False)
