@@ -1,6 +1,7 @@
 """DICOM in: the pixels of one frame, and nothing else of the file.
 
-No attribute is copied into a shard, so none that could name a patient is.
+No attribute is copied into a shard, so none that could name a patient is; `attributes` reads those
+that a schema lists.
 """
 
 import importlib.util

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from fino_fast.errors import ConfigError, DataError, TooManyRejectsError
 
+from .attributes import LOOKED, PREFIX, Attributes
 from .declaration import Declaration
 from .engines import Engine
 from .files import (
@@ -40,7 +41,7 @@ from .remote import Remote
 from .schema import shorten
 from .seal import REJECTS, seal, write_rejects
 from .spill import Spill, scratch_folder
-from .table import TableParser, table_chunks
+from .table import TableParser, column_names, table_chunks
 from .write import Receipt, WriteTask, committed_receipt, write_shard
 
 SHARD_BYTES = 256 << 20
@@ -341,14 +342,21 @@ def _read_rows(request: Request, path: Path, rows: Spill) -> dict[str, dict[str,
     """Check the table and set its rows aside; return the unknown values."""
     declaration = request.declaration
     columns = [request.id_column, request.path_column]
-    columns += [column for name in declaration.factors for column in declaration.columns_of(name)]
     columns += [declaration.split.column] if declaration.split else []
-    columns = list(dict.fromkeys(columns))
+    for name in declaration.factors:
+        columns += [c for c in declaration.columns_of(name) if not c.startswith(PREFIX)]
+    attributes = Attributes(declaration, request.images, request.path_column)
+    attributes.check_table(column_names(path, declaration.table.delimiter))
     parser = TableParser(declaration, request.id_column, request.path_column)
-    for chunk in table_chunks(path, columns, declaration.table.delimiter):
-        rows.write(row_table(parser.parse(chunk)))
+    for chunk in table_chunks(path, list(dict.fromkeys(columns)), declaration.table.delimiter):
+        whole = attributes.added_to(chunk)
+        parsed = row_table(parser.parse(whole))
+        if LOOKED in whole.column_names:
+            parsed = parsed.append_column(LOOKED, whole[LOOKED])
+        rows.write(parsed)
     if parser.rows == 0:
         raise DataError(f"{path}: has no rows")
+    attributes.check_found()
     parser.check(lambda: (table["id"].combine_chunks() for table in rows.tables()))
     return parser.unknown
 

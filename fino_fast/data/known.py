@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fino_fast.errors import DataError
 
+from .attributes import LOOKED
 from .plan import FACTOR
 from .spill import Spill
 from .table import hashes, whole
@@ -85,7 +86,7 @@ def check_unchanged(
         DataError: cells differ; the message lists them by id.
     """
     count, changes = 0, list[str]()
-    names = [name for table in rows.tables() for name in table.column_names]
+    names = [name for table in rows.tables() for name in table.column_names if name != LOOKED]
     for name in dict.fromkeys(names):
         former = whole(column(name))
         start = 0

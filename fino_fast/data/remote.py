@@ -230,6 +230,7 @@ class _RawReader(io.RawIOBase):
     """Positions and reads, for `io.BufferedReader`."""
 
     def __init__(self, remote: Remote, size: int) -> None:
+        self.name = remote.url  # files have one, which pydicom wants
         self._remote = remote
         self._size = size
         self._position = 0

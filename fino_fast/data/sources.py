@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from .files import Location
 from .remote import Entry, Remote
@@ -28,6 +28,15 @@ class Source(NamedTuple):
     path: str
     size: int
     mtime_ns: int
+
+
+class Finding(NamedTuple):
+    """What the plan notes of a file: bytes and time of last change, or why it cannot be taken."""
+
+    size: int
+    mtime_ns: int
+    code: str | None = None
+    detail: str | None = None
 
 
 def open_root(images: Location) -> "Root | RemoteRoot":
@@ -82,6 +91,18 @@ class Root:
             raise _rejection(error, path, full) from error
         _check_unchanged((size, mtime_ns), (state.st_size, state.st_mtime_ns), data)
         return data
+
+    def open(self, path: str) -> IO[bytes]:
+        """A file to read a part of.
+
+        Raises:
+            ImageRejected: it leaves the root, does not exist, or cannot be opened.
+        """
+        full = self._place(path)
+        try:
+            return os.fdopen(self._open(path, full), "rb")
+        except OSError as error:
+            raise _rejection(error, path, full) from error
 
     def _open(self, path: str, full: str) -> int:
         """Open a file, or what a link inside the root leads to."""
@@ -170,6 +191,19 @@ class RemoteRoot:
             raise ImageRejected("missing_file", "no such object") from error
         _check_unchanged((size, mtime_ns), (entry.size, entry.modified_ns), data)
         return data
+
+    def open(self, path: str) -> IO[bytes]:
+        """A file to read a part of.
+
+        Raises:
+            ImageRejected: it leaves the root, or does not exist.
+            OSError: the store does not answer.
+        """
+        _check_path(path)
+        try:
+            return (self._folder / path).open()
+        except FileNotFoundError as error:
+            raise ImageRejected("missing_file", "no such object") from error
 
     def reads(self, sources: Sequence[Source]) -> Iterator[Callable[[], bytes]]:
         """For each planned file, what gives its content when called (see `read`).

@@ -9,20 +9,19 @@ import pyarrow as pa
 
 from fino_fast.errors import DataError
 
+from .attributes import LOOKED
 from .files import Location
-from .sources import RemoteRoot, Root, open_root
+from .sources import Finding, RemoteRoot, Root, open_root
 from .stored import ImageRejected
 
 _THREADS = 16
 _CHUNK = 4096
 _SLOW = 50e-6  # seconds a look-up; a local disk takes about 6 µs
 
-_Finding = tuple[int, int, str | None, str | None]
-
 
 def surveyed(images: Location, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """The tables with `size`, `mtime_ns`, and `code` and `detail` of what cannot be taken, put
-    behind their column `split`.
+    behind their column `split`; what was found of a file when its header was read must still hold.
 
     Args:
         images: the folder that the column `path` starts from.
@@ -33,7 +32,7 @@ def surveyed(images: Location, tables: Iterator[pa.Table]) -> Iterator[pa.Table]
     """
     root = open_root(images)
 
-    def look(paths: list[str]) -> list[_Finding]:
+    def look(paths: list[str]) -> list[Finding]:
         return [_find(root, path) for path in paths]
 
     latency = 0.0
@@ -50,6 +49,10 @@ def surveyed(images: Location, tables: Iterator[pa.Table]) -> Iterator[pa.Table]
                 found += [finding for part in rest for finding in part]
             except OSError as error:
                 raise DataError(f"{images}: cannot be listed: {error.strerror}") from error
+            if LOOKED in table.column_names:
+                before = [Finding(**each) for each in table[LOOKED].to_pylist()]
+                found = [_unchanged(*pair) for pair in zip(before, found, strict=True)]
+                table = table.drop_columns(LOOKED)
             columns: list[tuple[Any, ...]] = list(zip(*found, strict=True))
             types = (pa.int64(), pa.int64(), pa.string(), pa.string())
             place = table.column_names.index("split") + 1
@@ -61,9 +64,18 @@ def surveyed(images: Location, tables: Iterator[pa.Table]) -> Iterator[pa.Table]
             yield table
 
 
-def _find(root: Root | RemoteRoot, path: str) -> _Finding:
+def _find(root: Root | RemoteRoot, path: str) -> Finding:
     try:
         source = root.find(path)
     except ImageRejected as rejection:
-        return 0, 0, rejection.code, rejection.detail
-    return source.size, source.mtime_ns, None, None
+        return Finding(0, 0, rejection.code, rejection.detail)
+    return Finding(source.size, source.mtime_ns)
+
+
+def _unchanged(before: Finding, now: Finding) -> Finding:
+    """What is found now, unless the header that was read is not that of this file."""
+    if now.code is not None or now == before:
+        return now
+    if before.code is not None:
+        return before
+    return Finding(0, 0, "source_changed", "was changed after its DICOM header was read")

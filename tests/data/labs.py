@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import yaml
 from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from fino_fast.data import ShardSet
 from fino_fast.data.declaration import Declaration
@@ -111,6 +114,32 @@ def pixels(i: int, height: int = 40, width: int = 52, channels: int = 1) -> np.n
 def png(image: np.ndarray, form: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def dicom(image: np.ndarray, photometric: str = "MONOCHROME2", **attributes: Any) -> bytes:
+    """A DICOM file of a patient called Jane Doe."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset.PatientName = "Doe^Jane"
+    dataset.SOPClassUID = meta.MediaStorageSOPClassUID
+    dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+    dataset.Rows, dataset.Columns = image.shape[:2]
+    dataset.SamplesPerPixel = image.shape[2] if image.ndim == 3 else 1
+    if image.ndim == 3:
+        dataset.PlanarConfiguration = 0
+    dataset.PhotometricInterpretation = photometric
+    dataset.BitsAllocated = dataset.BitsStored = image.dtype.itemsize * 8
+    dataset.HighBit = dataset.BitsStored - 1
+    dataset.PixelRepresentation = int(image.dtype.kind == "i")
+    for name, value in attributes.items():
+        setattr(dataset, name, value)
+    dataset.PixelData = image.tobytes()
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset)
     return buffer.getvalue()
 
 

@@ -21,8 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image, ImageOps
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from fino_fast import data as package
 from fino_fast.data.declaration import ImagesDeclaration
@@ -30,7 +28,7 @@ from fino_fast.data.images import decode, prepare
 from fino_fast.data.stored import ImageRejected, Stored
 from fino_fast.errors import MissingExtraError
 
-from .labs import pixels, png
+from .labs import dicom, pixels, png
 
 LIMITS = ImagesDeclaration()
 DALI_TYPES = {"uint8": types.UINT8, "uint16": types.UINT16, "float32": types.FLOAT}
@@ -226,31 +224,6 @@ def test_stacks_are_rejected_and_not_cut() -> None:
     assert rejection(buffer.getvalue()) == "multi_page"
     many = tiff(np.zeros((7, 8, 8), np.uint8), photometric="minisblack", metadata=None)
     assert rejection(many) == "wrong_channels"
-
-
-def dicom(image: np.ndarray, photometric: str = "MONOCHROME2", **attributes: Any) -> bytes:
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
-    dataset.PatientName = "Doe^Jane"
-    dataset.SOPClassUID = meta.MediaStorageSOPClassUID
-    dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
-    dataset.Rows, dataset.Columns = image.shape[:2]
-    dataset.SamplesPerPixel = image.shape[2] if image.ndim == 3 else 1
-    if image.ndim == 3:
-        dataset.PlanarConfiguration = 0
-    dataset.PhotometricInterpretation = photometric
-    dataset.BitsAllocated = dataset.BitsStored = image.dtype.itemsize * 8
-    dataset.HighBit = dataset.BitsStored - 1
-    dataset.PixelRepresentation = int(image.dtype.kind == "i")
-    for name, value in attributes.items():
-        setattr(dataset, name, value)
-    dataset.PixelData = image.tobytes()
-    buffer = io.BytesIO()
-    pydicom.dcmwrite(buffer, dataset)
-    return buffer.getvalue()
 
 
 def test_dicom_becomes_its_pixels_and_nothing_else() -> None:
