@@ -6,35 +6,58 @@ import tarfile
 from typing import IO
 
 BLOCK = 512
+_PIECE = 256 << 10
 _AHEAD = 8 << 20
 
 
 class TarWriter:
-    """Append members to a file; time, user and group are 0, so equal content is equal bytes."""
+    """Append members to a file; time, user and group are 0, so equal content is equal bytes.
+
+    Small members go out together, in pieces of `_PIECE` bytes: one hash update and one write for
+    all of them.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._digest = hashlib.sha256()
+        self._parts: list[bytes] = []
         self.size = 0
+        self._written = 0
         self._started = 0
 
     def add(self, name: str, payload: bytes) -> int:
         """Append one member; return the offset of its payload."""
-        offset = self.size + BLOCK
-        self._write(member_header(name, len(payload)), payload, bytes(-len(payload) % BLOCK))
+        offset, length = self.size + BLOCK, len(payload)
+        padding = -length % BLOCK
+        if length < _PIECE:
+            self._parts += (member_header(name, length), payload, _PADDING[padding])
+        else:
+            self._parts.append(member_header(name, length))
+            self._flush()
+            self._write(payload)
+            self._parts.append(_PADDING[padding])
+        self.size = offset + length + padding
+        if self.size - self._written >= _PIECE:
+            self._flush()
         return offset
 
     def close(self) -> str:
         """Write the end-of-archive blocks; return the SHA-256 of the whole as a hex string."""
-        self._write(bytes(2 * BLOCK))
+        self._parts.append(bytes(2 * BLOCK))
+        self.size += 2 * BLOCK
+        self._flush()
         return self._digest.hexdigest()
 
-    def _write(self, *parts: bytes) -> None:
-        for part in parts:
-            self._digest.update(part)
-            self.size += len(part)
-        self._file.writelines(parts)
-        if self.size - self._started >= _AHEAD:
+    def _flush(self) -> None:
+        """Write what was gathered."""
+        self._write(b"".join(self._parts))
+        self._parts.clear()
+
+    def _write(self, piece: bytes) -> None:
+        self._digest.update(piece)
+        self._file.write(piece)
+        self._written += len(piece)
+        if self._written - self._started >= _AHEAD:
             self._start_writeback()
 
     def _start_writeback(self) -> None:
@@ -44,9 +67,9 @@ class TarWriter:
         if hasattr(os, "posix_fadvise"):
             self._file.flush()
             # Of pages that are not on the disk yet, this advice drops none and starts to write all.
-            length = self.size - self._started
+            length = self._written - self._started
             os.posix_fadvise(self._file.fileno(), self._started, length, os.POSIX_FADV_DONTNEED)
-        self._started = self.size
+        self._started = self._written
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -73,3 +96,4 @@ def _template() -> bytes:
 
 _TEMPLATE = _template()
 _CHECKSUM = sum(_TEMPLATE)
+_PADDING = [bytes(length) for length in range(BLOCK)]
