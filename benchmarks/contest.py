@@ -50,9 +50,8 @@ def measure(
     peak: dict[str, float] = {}
     saved: dict[str, float] = {}
     for name, step in steps.items():
-        start = time.perf_counter()
         peak[name], saved[name] = memory(step)
-        once[name] = time.perf_counter() - start
+        once[name] = _seconds(step)
     repeats = {name: max(1, round(SHORTEST / seconds)) for name, seconds in once.items()}
     square = torch.randn(SIDE, SIDE)
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "operand.h"
+#include "rows.h"
 #include "sweep.h"
 #include "turns.h"
 
@@ -16,6 +17,12 @@ namespace {
 // rate, small enough for a second-level cache and for every thread to get its share (measured:
 // docs/kernels.md). A function of n alone, so that the result does not depend on the threads.
 int64_t pair_side(int64_t n) { return n <= 512 ? 128 : n < 8192 ? 256 : 512; }
+
+// One of the two blocks of rows of a tile.
+struct Side {
+  int64_t first, count;  // rows
+  bool unseen;           // no tile before this one had the block
+};
 
 // The tiles of the symmetric sweep: every unordered pair of blocks that meet, with their cosines. Two
 // towers: the first half of the rows meets the second.
@@ -37,21 +44,20 @@ class PairSweep {
     kept_ = scratch<T>(count_ * side_ * side_);
   }
 
-  // Calls visit(tile, its operand, row offset, rows, column offset, columns, whether the rows are the
-  // columns) for every pair. A visitor must leave the tiles of the first visit as they are.
+  // Calls visit(tile, its operand, rows, columns, whether the rows are the columns) for every pair. A
+  // visitor must leave the tiles of the first visit as they are.
   template <typename Visit>
   void visit(const Visit& visit) {
     const auto prepare = [&] {
       return [&, own = scratch<T>(side_ * side_),
               operand = Operand<T, P>(side_ * side_)](const Pair& pair) mutable {
-        const auto [i, rows] = bounds(pair.row);
-        const auto [j, columns] = bounds(pair.column);
+        const Side rows = side(pair.row, pair.row_turn), columns = side(pair.column, pair.column_turn);
         const bool kept = pair.number < count_;
         T* tile = kept ? kept_.get() + pair.number * side_ * side_ : own.get();
         if (!(kept && visited_))
-          runtime_.gemm(false, true, rows, columns, d_, T(1), unit_ + i * d_, d_, unit_ + j * d_, d_,
-                        false, tile, columns);
-        visit(tile, operand, i, rows, j, columns, pair.row == pair.column);
+          runtime_.gemm(false, true, rows.count, columns.count, d_, T(1), unit_ + rows.first * d_, d_,
+                        unit_ + columns.first * d_, d_, false, tile, columns.count);
+        visit(tile, operand, rows, columns, pair.row == pair.column);
       };
     };
     in_turn(pairs_, runtime_.parallel, prepare);
@@ -59,10 +65,10 @@ class PairSweep {
   }
 
  private:
-  // First row and rows of a block; the blocks of the second tower follow those of the first.
-  std::pair<int64_t, int64_t> bounds(int64_t block) const {
+  // The blocks of the second tower follow those of the first.
+  Side side(int64_t block, int turn) const {
     const int64_t first = block % blocks_ * side_;
-    return {block / blocks_ * part_ + first, std::min(side_, part_ - first)};
+    return {block / blocks_ * part_ + first, std::min(side_, part_ - first), turn == 0};
   }
 
   const Runtime<T, P>& runtime_;
@@ -82,24 +88,26 @@ void pair_terms(const Runtime<T, P>& runtime, const P* unit, int64_t n, int64_t 
   PairSweep<T, P> sweep(runtime, unit, n, d, two_tower, g != nullptr);
   const auto sums = scratch<T>(n);  // Σ_j exp(scale·(c_ij − 1))
   std::fill(sums.get(), sums.get() + n, T(0));
-  sweep.visit([&](const T* tile, Operand<T, P>&, int64_t i, int64_t rows, int64_t j, int64_t columns,
+  sweep.visit([&](const T* tile, Operand<T, P>&, const Side& rows, const Side& columns,
                   bool diagonal) {
-    epilogues<T>().pair_sums(tile, rows, columns, scale, diagonal, sums.get() + i, sums.get() + j);
+    epilogues<T>().pair_sums(tile, rows.count, columns.count, scale, diagonal, sums.get() + rows.first,
+                             sums.get() + columns.first);
   });
   for (int64_t i = 0; i < n; ++i) lse[i] = scale + std::log(sums[i]);
   if (g == nullptr) return;
   T* inverse = sums.get();
   for (int64_t i = 0; i < n; ++i) inverse[i] = 1 / inverse[i];
-  sweep.visit([&](T* tile, Operand<T, P>& operand, int64_t i, int64_t rows, int64_t j,
-                  int64_t columns, bool diagonal) {
-    epilogues<T>().pair_weights(tile, rows, columns, scale, diagonal, inverse + i, inverse + j);
-    operand.fill(tile, 0, rows * columns);
+  sweep.visit([&](T* tile, Operand<T, P>& operand, const Side& rows, const Side& columns,
+                  bool diagonal) {
+    epilogues<T>().pair_weights(tile, rows.count, columns.count, scale, diagonal, inverse + rows.first,
+                                inverse + columns.first);
+    operand.fill(tile, 0, rows.count * columns.count);
     const P* weights = operand.get(tile);
-    runtime.gemm(false, false, rows, d, columns, T(1), weights, columns, unit + j * d, d, true,
-                 g + i * d, d);
+    runtime.gemm(false, false, rows.count, d, columns.count, T(1), weights, columns.count,
+                 unit + columns.first * d, d, !rows.unseen, g + rows.first * d, d);
     if (!diagonal)
-      runtime.gemm(true, false, columns, d, rows, T(1), weights, columns, unit + i * d, d, true,
-                   g + j * d, d);
+      runtime.gemm(true, false, columns.count, d, rows.count, T(1), weights, columns.count,
+                   unit + rows.first * d, d, !columns.unseen, g + columns.first * d, d);
   });
 }
 
@@ -136,6 +144,42 @@ void cross_gradient(const Runtime<T, P>& runtime, const P* rows, int64_t n, cons
                  g + first * d, d);
   });
 }
+
+template <typename T>
+Positives positives(Parallel parallel, const T* unit, const T* norms, int64_t views, int64_t images,
+                    int64_t d, double factor, T* g) {
+  const auto& kernels = epilogues<T>();
+  std::vector<Positives> parts(images);  // added up in one order
+  parallel(images, [&](int64_t begin, int64_t end) {
+    const auto sum = scratch<T>(d), others = scratch<T>(d);
+    for (int64_t image = begin; image < end; ++image) {
+      Positives& part = parts[image] = {0, 0};
+      for (int64_t view = 0; view < views; ++view)
+        kernels.scaled(unit + (view * images + image) * d, T(1), view > 0, sum.get(), d);
+      for (int64_t view = 0; view < views; ++view) {
+        const int64_t i = view * images + image;
+        const T* row = unit + i * d;
+        kernels.difference(sum.get(), row, others.get(), d);
+        part.cosines += kernels.dot(row, others.get(), d);
+        if (g == nullptr) continue;
+        // A pair is a positive of both of its rows, as it is in both directions of g.
+        kernels.combine(g + i * d, others.get(), nullptr, T(factor), T(-2 * factor / (views - 1)), d);
+        part.along += kernels.normalize_backward(g + i * d, row, d, norms[i], T(normalize_eps));
+      }
+    }
+  });
+  Positives all{0, 0};
+  for (const Positives& part : parts) {
+    all.cosines += part.cosines;
+    all.along += part.along;
+  }
+  return all;
+}
+
+template Positives positives<float>(Parallel, const float*, const float*, int64_t, int64_t, int64_t,
+                                    double, float*);
+template Positives positives<double>(Parallel, const double*, const double*, int64_t, int64_t, int64_t,
+                                     double, double*);
 
 #define FINO_INSTANTIATE(T, P)                                                                    \
   template void pair_terms<T, P>(const Runtime<T, P>&, const P*, int64_t, int64_t, T, bool, T*,   \

@@ -11,7 +11,7 @@ namespace fino {
 constexpr double max_bounded_scale = 40;  // exp(−2·40) is still a normal fp32 number
 
 // lse[i] = logsumexp over j ≠ i of scale·⟨x_i, x_j⟩; with two towers over the j of the other half. [n]
-// g[i] = Σ_j (softmax_ij + softmax_ji) x_j over the same j [n, d], zero on entry; null: not wanted.
+// g[i] = Σ_j (softmax_ij + softmax_ji) x_j over the same j [n, d]; null: not wanted.
 template <typename T, typename P>
 void pair_terms(const Runtime<T, P>& runtime, const P* unit, int64_t n, int64_t d, T scale,
                 bool two_tower, T* lse, T* g);
@@ -25,5 +25,17 @@ template <typename T, typename P>
 void cross_gradient(const Runtime<T, P>& runtime, const P* rows, int64_t n, const P* columns,
                     int64_t m, int64_t d, T scale, int64_t skip, const T* lse_rows,
                     const T* lse_columns, T* g);
+
+struct Positives {
+  double cosines;  // Σ over the pairs (i, j) of views of an image, in both orders, of ⟨x_i, x_j⟩
+  double along;    // Σ_i ⟨g_i, x_i⟩ of the finished g, before the way back through the unit length
+};
+
+// What the other views of an image add to its rows, which stand one view after another. g as above
+// becomes, in place, factor · the gradient of Σ_i (lse_i / scale − mean cosine of i's positives) at the
+// rows before they were made unit [views·images, d]; null: not wanted.
+template <typename T>
+Positives positives(Parallel parallel, const T* unit, const T* norms, int64_t views, int64_t images,
+                    int64_t d, double factor, T* g);
 
 }  // namespace fino

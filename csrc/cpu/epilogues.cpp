@@ -363,6 +363,14 @@ T difference(const T* x, const T* y, T* out, int64_t n) {
 }
 
 template <typename T>
+T dot(const T* x, const T* y, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < n; ++k) sum += x[k] * y[k];
+  return sum;
+}
+
+template <typename T>
 T weighted_squares(const T* x, const T* weight, int64_t n) {
   T sum = 0;
   if (weight == nullptr) {
@@ -394,7 +402,8 @@ constexpr Epilogues<T> table() {
   return {normalize<T>,     normalize_backward<T>, pair_sums<T>,     pair_weights<T>,
           row_logsumexp<T>, row_weights<T>,        cross_entropy<T>, squared_error<T>,
           extend<T>,        softmax_gradient<T>,   scaled<T>,        narrow<T>,
-          difference<T>,    weighted_squares<T>,   combine<T>};
+          difference<T>,    dot<T>,                weighted_squares<T>,
+          combine<T>};
 }
 
 }  // namespace

@@ -76,6 +76,9 @@ struct Epilogues {
   // out = x − y (out may be x); returns Σ out².
   T (*difference)(const T* x, const T* y, T* out, int64_t n);
 
+  // Σ x_k·y_k.
+  T (*dot)(const T* x, const T* y, int64_t n);
+
   // Σ weight_k·x_k² (weight may be null: 1).
   T (*weighted_squares)(const T* x, const T* weight, int64_t n);
 

@@ -47,15 +47,6 @@ void for_each_view(const Batch& batch, const Visit& visit) {
   }
 }
 
-// Sum over the positives of every local row: the other views of its image. [N, P]
-Tensor positives(const Tensor& rows, const Tensor& columns, const Batch& batch) {
-  const int64_t width = rows.size(1);
-  const Tensor sums = columns.view({batch.views, batch.images, width})
-                          .narrow(1, batch.first, batch.local)
-                          .sum(0, /*keepdim=*/true);
-  return (sums - rows.view({batch.views, batch.local, width})).view({-1, width});
-}
-
 // Log-sum-exps [N] of unit rows that meet the unit columns.
 template <typename T, typename P>
 Tensor cross_logsumexps(const Matrix<P>& rows, const Matrix<P>& columns, double scale,
@@ -82,27 +73,26 @@ void cross_gradients(const Matrix<P>& rows, const Matrix<P>& columns, double sca
   });
 }
 
-// The local rows' share of the loss.
-template <typename T>
-Tensor contrastive_loss(const Unit<T>& rows, const Tensor& positive, const Tensor& lse, double scale,
-                        const Batch& batch) {
-  const Tensor mean = (rows.rows * positive).sum(1) * (scale / (batch.views - 1));
-  return at::scalar_tensor(total<T>(lse - mean) / double(batch.views * batch.images), lse.options());
-}
+struct Share {
+  Tensor loss, grad_scale;
+};
 
-// Σ_j (softmax_ij + softmax_ji) x̂_j becomes factor · ∂loss/∂rows, in place; returns
-// factor · ∂loss/∂scale.
+// The local rows' share of the loss, and factor · its gradients: g, Σ_j (softmax_ij + softmax_ji) x̂_j on
+// entry, becomes that of the rows. An empty g: no gradient is wanted.
 template <typename T>
-Tensor finish_gradient(Tensor& g, const Unit<T>& rows, const Tensor& positive, double scale,
-                       double factor, const Batch& batch) {
-  g.sub_(positive, 2.0 / (batch.views - 1));  // the positives of both directions
-  g.mul_(factor * scale / double(batch.views * batch.images));
-  Tensor along = at::empty_like(rows.norms);
-  normalize_rows_backward<T>(parallel, g.data_ptr<T>(), rows.rows.template data_ptr<T>(),
-                             rows.norms.template data_ptr<T>(), g.size(0), g.size(1),
-                             along.template data_ptr<T>());
+Share finish(const Unit<T>& rows, const Tensor& lse, double scale, double factor, const Batch& batch,
+             Tensor& g) {
+  const bool want_gradient = g.numel() > 0;
+  const double pairs = double(batch.views * batch.images);
+  const Positives positive = positives<T>(
+      parallel, rows.rows.template const_data_ptr<T>(), rows.norms.template const_data_ptr<T>(),
+      batch.views, batch.local, rows.rows.size(1), factor * scale / pairs,
+      want_gradient ? g.data_ptr<T>() : nullptr);
+  const double loss = total<T>(lse) - scale / (batch.views - 1) * positive.cosines;
   // ⟨g_i, x̂_i⟩ = scale · Σ_j (A_ij + A_ji) c_ij with A = ∂L/∂s; over all rows twice scale·∂L/∂scale.
-  return at::scalar_tensor(total<T>(along) / (2 * scale), along.options());
+  return {at::scalar_tensor(loss / pairs, lse.options()),
+          want_gradient ? at::scalar_tensor(positive.along / (2 * scale), lse.options())
+                        : at::empty({0}, lse.options())};
 }
 
 template <typename T, typename P>
@@ -111,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_of(const Tensor& rows_in, double 
   const Unit<T> rows(dense<T>(rows_in));
   const Matrix<P> unit(rows.rows);
   Tensor lse = at::empty_like(rows.norms);
-  Tensor g = want_gradient ? at::zeros_like(rows.rows) : at::empty({0}, rows.norms.options());
+  Tensor g = want_gradient ? at::empty_like(rows.rows) : at::empty({0}, rows.norms.options());
   if (scale <= max_bounded_scale) {
     // Every thread has products of its own: they are the same from any number.
     pair_terms<T, P>(runtime<T, P>(false), unit.data(), unit.height(), unit.width(), T(scale),
@@ -120,11 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_of(const Tensor& rows_in, double 
     lse = cross_logsumexps<T, P>(unit, unit, scale, batch, rows.norms);
     if (want_gradient) cross_gradients<T, P>(unit, unit, scale, batch, lse, lse, g);
   }
-  const Tensor positive = positives(rows.rows, rows.rows, batch);
-  const Tensor loss = contrastive_loss(rows, positive, lse, scale, batch);
-  if (!want_gradient) return {loss, g, at::empty({0}, lse.options())};
-  const Tensor grad_scale = finish_gradient(g, rows, positive, scale, 1, batch);
-  return {loss, g, grad_scale};
+  const Share share = finish(rows, lse, scale, 1, batch, g);
+  return {share.loss, g, share.grad_scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrastive_forward(const Tensor& rows, const Tensor& logit_scale,
@@ -144,8 +131,8 @@ std::tuple<Tensor, Tensor> ranks_contrastive_forward_of(const Tensor& rows_in,
   const Unit<T> rows(dense<T>(rows_in)), columns(dense<T>(columns_in));
   const Matrix<P> left(rows.rows), right(columns.rows);
   const Tensor lse = cross_logsumexps<T, P>(left, right, scale, batch, rows.norms);
-  const Tensor positive = positives(rows.rows, columns.rows, batch);
-  return {contrastive_loss(rows, positive, lse, scale, batch), lse};
+  Tensor no_gradient = at::empty({0}, lse.options());
+  return {finish(rows, lse, scale, 1, batch, no_gradient).loss, lse};
 }
 
 template <typename T, typename P>
@@ -157,9 +144,9 @@ std::tuple<Tensor, Tensor> ranks_contrastive_backward_of(double upstream, const 
   const Unit<T> rows(dense<T>(rows_in)), columns(dense<T>(columns_in));
   const Matrix<P> left(rows.rows), right(columns.rows);
   Tensor g = at::empty_like(rows.rows);
-  cross_gradients<T, P>(left, right, scale, batch, dense<T>(lse_rows), dense<T>(lse_columns), g);
-  const Tensor positive = positives(rows.rows, columns.rows, batch);
-  const Tensor grad_scale = finish_gradient(g, rows, positive, scale, upstream, batch);
+  const Tensor lse = dense<T>(lse_rows);
+  cross_gradients<T, P>(left, right, scale, batch, lse, dense<T>(lse_columns), g);
+  const Tensor grad_scale = finish(rows, lse, scale, upstream, batch, g).grad_scale;
   return {g.to(rows_in.scalar_type()), grad_scale};
 }
 

@@ -90,10 +90,41 @@ std::vector<T> random(std::mt19937& generator, int64_t count) {
   return values;
 }
 
+template <typename T>
+void check_positives(const std::vector<T>& unit, const std::vector<T>& norms, int64_t views,
+                     int64_t images, int64_t d, std::vector<T> g) {
+  const double factor = 0.3;
+  const std::vector<T> sums = g;
+  const fino::Positives found = fino::positives<T>(in_two, unit.data(), norms.data(), views, images, d,
+                                                   factor, g.data());
+  double cosines = 0, all_along = 0;
+  for (int64_t i = 0; i < views * images; ++i) {
+    Vector pulled(d);
+    double along = 0;
+    for (int64_t l = 0; l < d; ++l) {
+      double others = 0;
+      for (int64_t view = 0; view < views; ++view)
+        if (view != i / images) others += unit[(view * images + i % images) * d + l];
+      cosines += others * unit[i * d + l];
+      pulled[l] = factor * (sums[i * d + l] - 2 * others / (views - 1));
+      along += pulled[l] * unit[i * d + l];
+    }
+    all_along += along;
+    for (int64_t l = 0; l < d; ++l)
+      compare(g[i * d + l], (pulled[l] - along * unit[i * d + l]) / norms[i]);
+  }
+  compare(found.cosines, cosines);
+  compare(found.along, all_along);
+  std::vector<T> none;
+  compare(fino::positives<T>(in_two, unit.data(), norms.data(), views, images, d, factor, none.data())
+              .cosines,
+          cosines);
+}
+
 template <typename T, typename P>
 void check_contrastive(std::mt19937& generator, int64_t n, int64_t d, double scale, bool towers) {
   const std::vector<T> x = random<T>(generator, n * d);
-  std::vector<T> unit(n * d), norms(n), lse(n), lse_cross(n), g(n * d, 0), g_cross(n * d);
+  std::vector<T> unit(n * d), norms(n), lse(n), lse_cross(n), g(n * d, NAN), g_cross(n * d);
   fino::normalize_rows(in_two, x.data(), n, d, unit.data(), norms.data());
   const std::vector<P> rows = operand<T, P>(unit);
   const fino::Runtime<T, P>& host = runtime<T, P>;
@@ -147,6 +178,8 @@ void check_contrastive(std::mt19937& generator, int64_t n, int64_t d, double sca
       compare(g[i * d + l], sum);
       compare(g_cross[i * d + l], sum);
     }
+  if (n % 2 == 0) check_positives(unit, norms, 2, n / 2, d, g);
+  if (n > 1) check_positives(unit, norms, n, 1, d, g_cross);
 }
 
 // The sweep that holds a bank's gradient, and the one that does not.
@@ -341,7 +374,7 @@ void check_threads(std::mt19937& generator) {
   std::vector<float> unit(n * d), norms(n);
   fino::normalize_rows(in_two, x.data(), n, d, unit.data(), norms.data());
   const auto pairs = [&](const fino::Runtime<float>& host) {
-    std::vector<float> result(n + n * d, 0);  // log-sum-exps and gradients
+    std::vector<float> result(n + n * d);  // log-sum-exps and gradients
     fino::pair_terms<float, float>(host, unit.data(), n, d, 10, false, result.data(),
                                    result.data() + n);
     return result;
