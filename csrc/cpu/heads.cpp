@@ -21,7 +21,8 @@ class HeadSweep {
         norms_(prototype() ? step_ : 0), along_(norms_.size()),
         at_unit_(scratch<T>(prototype() && head.grad_x != nullptr ? step_ * head.d : 0)),
         // One entry a row, added up in order: the same sum from any number of threads.
-        per_row_(head.n) {}
+        per_row_(head.n),
+        grad_offsets_(scratch<T>(head.grad_offset != nullptr ? groups(step_) * head.k : 0)) {}
 
   RowLoss<double> run() {
     const int64_t k = head_.k;
@@ -29,9 +30,14 @@ class HeadSweep {
         runtime_, head_.n, head_.bank, k, head_.d, step_,
         [&](int64_t first, int64_t count) { return load(first, count); },
         [&](T* block, int64_t first, int64_t count) {
-          for_rows(count, [&](int64_t i) {
-            per_row_[first + i] = row(block + i * k, first + i);
-            if (gradient()) coefficients_.fill(block, i * k, k);
+          runtime_.parallel(groups(count), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin * group_rows; i < std::min(end * group_rows, count); ++i) {
+              per_row_[first + i] = row(block + i * k, first + i);
+              if (gradient()) coefficients_.fill(block, i * k, k);
+              if (head_.grad_offset != nullptr)  // while the row is in cache
+                epilogues<T>().scaled(block + i * k, T(1), i % group_rows > 0,
+                                      grad_offsets_.get() + i / group_rows * k, k);
+            }
           });
           if (gradient()) gradients(block, first, count);
         });
@@ -44,6 +50,10 @@ class HeadSweep {
   }
 
  private:
+  // Rows whose gradients of the offsets one thread adds up.
+  static constexpr int64_t group_rows = 32;
+  static int64_t groups(int64_t rows) { return (rows + group_rows - 1) / group_rows; }
+
   static int64_t block_step(const Head<T, P>& head) {
     const int64_t bytes = head.grad_bank != nullptr ? trained_scratch_bytes : scratch_bytes;
     return std::min(block_rows<T, P>(head.n, head.k, bytes), head.n);
@@ -112,8 +122,9 @@ class HeadSweep {
                     head_.grad_bank, d);
     if (head_.grad_offset != nullptr)
       runtime_.parallel(k, [&](int64_t begin, int64_t end) {
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t c = begin; c < end; ++c) head_.grad_offset[c] += block[i * k + c];
+        for (int64_t group = 0; group < groups(count); ++group)
+          epilogues<T>().scaled(grad_offsets_.get() + group * k + begin, T(1), true,
+                                head_.grad_offset + begin, end - begin);
       });
   }
 
@@ -128,6 +139,7 @@ class HeadSweep {
   std::vector<T> norms_, along_;
   Scratch<T> at_unit_;  // gradient at the unit rows
   std::vector<RowLoss<T>> per_row_;
+  Scratch<T> grad_offsets_;  // [groups, k]
 };
 
 }  // namespace
