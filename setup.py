@@ -48,6 +48,8 @@ X86_LEVELS = {
     ],
 }  # fmt: skip
 LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+# The flags that Python was built with often ask for debug information: 16 MB of 17.
+PLAIN = ["-g0"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 KERNEL_FLAGS = [
     "-std=c++17",
@@ -57,6 +59,7 @@ KERNEL_FLAGS = [
     "-fno-trapping-math",
     "-fopenmp-simd",
     "-Wall",
+    *PLAIN,
 ]
 
 
@@ -172,7 +175,7 @@ def native_build() -> dict[str, object]:
         define_macros=[(f"FINO_HAVE_{level.upper()}", "1") for level in LEVELS],
         # Compiled without OpenMP, at::parallel_for is a plain loop. Not linked with it: the library
         # is the one that torch brings, so that there is one pool of threads.
-        extra_compile_args={"cxx": ["-O2", "-Wall", *OPENMP]},
+        extra_compile_args={"cxx": ["-O2", "-Wall", *OPENMP, *PLAIN]},
         depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")],
     )
     # Not compiled by torch's rules, which would take CUDA_HOME and ATen. Optional: where nvcc
