@@ -22,7 +22,7 @@ def operators(
     nothing = cast(ShardSet, None)  # a graph is built from the images' form alone
     counts = [(2, views.size), (2, views.local_size)]
     graph = DaliViews(nothing, views, form, 4, 1, torch.device(device), counts)
-    pipe: Any = graph._build()
+    pipe: Any = graph._build(graph.depth)
     return [
         (output.name.strip("_0123456789"), output.device)
         for operator in pipe._ops
