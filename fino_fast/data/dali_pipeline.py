@@ -96,16 +96,25 @@ class DaliPipeline(ABC):
         with self._lock:
             if self._pipe is None:
                 self._pipe = self._started(Submitted(rows[:1], payloads[:1], draws))
-            self._feed(self._pipe, batch)
-            self._pipe.schedule_run()
-            self._submitted.append((batch, self._finisher.submit(self._finish, self._pipe, batch)))
+            pipe = self._pipe
+            try:
+                self._feed(pipe, batch)
+                pipe.schedule_run()
+                self._submitted.append((batch, self._finisher.submit(self._finish, pipe, batch)))
+            except BaseException:
+                # Ctrl-C in between: batches would come out for others than they were fed for.
+                self._pipe = None
+                raise
 
     def result(self) -> list[torch.Tensor]:
-        batch, future = self._submitted.popleft()
+        # It stays there until it is given out: a `reset` after Ctrl-C has to wait for it, too.
+        batch, future = self._submitted[0]
         try:
-            return future.result()
+            tensors = future.result()
         except GraphLost:
-            return self._alone(batch)
+            tensors = self._alone(batch)
+        self._submitted.popleft()
+        return tensors
 
     def reset(self) -> None:
         if sys.is_finalizing():

@@ -1,5 +1,6 @@
 """Batches of views and metadata: order, sharing among ranks, resume, evaluation."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from .dali_views import DaliViews
 from .engines import processors
 from .files import canonical_json
 from .pipeline import Pipeline, pixel_form
-from .prefetch import Prefetch, Skipped, Work
+from .prefetch import Prefetch, Replace, Skipped, Work
 from .sampling import Grouped, Groups, Sampler, Shuffled
 from .shardset import DamagedSample, ShardSet
 from .torch_pipeline import TorchPipeline
@@ -153,6 +154,8 @@ class Loader:
                 resuming with another global batch (`resume_point`), instead of `start_step`.
 
         Raises:
+            ConfigError: there is no such step; or another epoch of this loader began before this
+                one was read to its end: a loader reads one at a time.
             DamagedSample: a sample is damaged, and `on_error` is `raise`; the message names id,
                 shard and offset.
             DataError: a shard cannot be read, whatever `on_error` is: ranks could not agree on
@@ -191,8 +194,7 @@ class Loader:
             work.rows[i] = self._samples.rows(other)[0]
             work.draws = draw(work.places, work.rows)
 
-        for work, tensors in self._prefetch.run(self._pipeline(True), batches(), replace):
-            yield self._batch(work, tensors)
+        yield from self._made(self._pipeline(True), batches(), replace)
 
     def evaluation(self) -> Iterator[Batch]:
         """Every sample of the split once, in order, as one centre crop (V = 1).
@@ -214,8 +216,7 @@ class Loader:
         def refuse(_work: Work, _i: int, error: DamagedSample) -> None:
             raise error
 
-        for work, tensors in self._prefetch.run(self._pipeline(False), batches(), refuse):
-            yield self._batch(work, tensors)
+        yield from self._made(self._pipeline(False), batches(), refuse)
 
     def state(self, epoch: int, step: int) -> dict[str, Any]:
         """What a checkpoint keeps to go on after `step` steps of `epoch`; plain JSON."""
@@ -316,6 +317,14 @@ class Loader:
     def _shapes(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         records = self.shards.index[rows]
         return records["height"].astype(np.int64), records["width"].astype(np.int64)
+
+    def _made(
+        self, pipeline: Pipeline, batches: Iterator[Work], replace: Replace
+    ) -> Iterator[Batch]:
+        # Closed here and not by the garbage collector, which would swallow a Ctrl-C.
+        with contextlib.closing(self._prefetch.run(pipeline, batches, replace)) as made:
+            for work, tensors in made:
+                yield self._batch(work, tensors)
 
     def _batch(self, work: Work, tensors: list[torch.Tensor]) -> Batch:
         boxes = [torch.from_numpy(d.boxes.astype(np.float32)) for d in work.draws]

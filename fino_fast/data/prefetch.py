@@ -1,13 +1,15 @@
 """Reading and decoding ahead of who wants the batches, and what happens to damaged samples."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from fino_fast.errors import ConfigError
 
 from .pipeline import DamagedSamples, Pipeline
 from .shardset import DamagedSample
@@ -58,20 +60,29 @@ class Prefetch:
         self._read = read
         self._threads = threads
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="fino-read")
+        self._runs: dict[Pipeline, object] = {}
+        """The run that each pipeline works for: the one that began last."""
 
     def run(
         self, pipeline: Pipeline, batches: Iterable[Work], replace: Replace
-    ) -> Iterator[tuple[Work, list[torch.Tensor]]]:
+    ) -> Generator[tuple[Work, list[torch.Tensor]], None, None]:
         """Each batch with its views.
 
+        A pipeline works for one run at a time. One that was left in its middle, and that a variable
+        or a traceback may still hold, is over when another begins.
+
         Raises:
+            ConfigError: another run of the pipeline began meanwhile.
             DamagedSample: what `replace` raises of a sample that is damaged.
             DataError: a shard cannot be read, or a pipeline failed.
         """
         reading: deque[Work] = deque()
         decoding: deque[Work] = deque()
+        run = self._runs[pipeline] = object()
+        pipeline.reset()
         try:
             for work in batches:
+                self._check_runs(pipeline, run)
                 # One task a thread: handing over every sample alone costs as much as reading it.
                 work.parts = [
                     self._readers.submit(self._read_all, rows.tolist())
@@ -83,6 +94,7 @@ class Prefetch:
                 if len(decoding) == pipeline.depth:
                     yield self._finish(pipeline, decoding, replace)
             while reading or decoding:
+                self._check_runs(pipeline, run)
                 if reading:
                     decoding.append(self._submit(pipeline, reading.popleft(), replace))
                 if len(decoding) == pipeline.depth or not reading:
@@ -91,7 +103,15 @@ class Prefetch:
             for work in reading:
                 for part in work.parts:
                     part.cancel()
-            pipeline.reset()
+            if self._runs[pipeline] is run:
+                pipeline.reset()
+
+    def _check_runs(self, pipeline: Pipeline, run: object) -> None:
+        if self._runs[pipeline] is not run:
+            raise ConfigError(
+                "this epoch was over when another one of the same loader began; make a second "
+                "Loader to read two at a time"
+            )
 
     def _read_all(self, rows: list[int]) -> list[Content]:
         contents: list[Content] = []

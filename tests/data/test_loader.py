@@ -2,8 +2,12 @@
 
 import itertools
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import torch
 from PIL import Image
 
 from fino_fast.data import Batch, Loader, ShardSet, Views
+from fino_fast.data.dali_pipeline import DaliPipeline
 from fino_fast.data.dali_views import DaliViews
 from fino_fast.data.images import decode
 from fino_fast.data.tiff import encode_tiff
@@ -184,6 +189,78 @@ def test_an_abandoned_epoch_leaves_nothing_behind(sealed: ShardSet) -> None:
                 pass
             for expected, batch in zip(whole, loader.epoch(1), strict=True):
                 assert torch.equal(batch.views, expected)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_an_epoch_is_over_when_another_one_begins(sealed: ShardSet, backend: Any) -> None:
+    """Left in its middle, a variable or a notebook's traceback still holds it."""
+    loader = Loader(sealed, SMALL, 7, backend=backend)
+    whole = [batch.views for batch in loader.epoch(1)]
+    left, closed = loader.epoch(0), loader.epoch(0)
+    next(left)
+    next(closed)
+    later = loader.epoch(1)
+    found = [next(later).views]
+    with pytest.raises(ConfigError, match="make a second Loader"):
+        next(left)
+    closed.close()
+    found += [batch.views for batch in later]
+    assert len(found) == len(whole)
+    assert all(map(torch.equal, found, whole))
+
+
+def interrupt() -> None:
+    """Ctrl-C, in the main thread, also while it waits."""
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def break_off(batches: Iterator[Batch], early: bool) -> None:
+    """Read an epoch, or one batch of it, until somebody interrupts."""
+    next(batches)
+    if early:
+        batches.close()  # type: ignore[attr-defined]
+    for _ in batches:
+        pass
+    time.sleep(10)  # a signal of another thread may arrive behind the last batch
+
+
+@pytest.mark.parametrize("place", ["finishing", "scheduled", "resetting"])
+def test_the_epoch_after_ctrl_c_is_right(
+    sealed: ShardSet, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    loader = Loader(sealed, SMALL, 7, backend="dali")
+    whole = [batch.views for batch in loader.epoch(1)]
+    pipeline = loader._pipelines[True]
+    assert isinstance(pipeline, DaliPipeline)
+    finish, submit, reset = pipeline._finish, pipeline._finisher.submit, pipeline.reset
+    calls = itertools.count()
+
+    def interrupted_finish(*args: Any) -> list[torch.Tensor]:
+        if next(calls) == 2:
+            interrupt()
+        return finish(*args)
+
+    def interrupted_submit(*args: Any) -> Any:
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return submit(*args)
+
+    def interrupted_reset() -> None:
+        if next(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        reset()
+
+    with monkeypatch.context() as patch:
+        if place == "finishing":
+            patch.setattr(pipeline, "_finish", interrupted_finish)
+        elif place == "scheduled":
+            patch.setattr(pipeline._finisher, "submit", interrupted_submit)
+        else:
+            patch.setattr(pipeline, "reset", interrupted_reset)
+        with pytest.raises(KeyboardInterrupt):
+            break_off(loader.epoch(0), early=place == "resetting")
+    for expected, batch in zip(whole, loader.epoch(1), strict=True):
+        assert torch.equal(batch.views, expected)
 
 
 def test_a_process_may_end_in_the_middle_of_an_epoch(sealed: ShardSet) -> None:
