@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from cuda_case import by_reference, call, categories, rows
 from cuda_case import values as continuous
 from kernel_case import head_call, launched, names
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fino_fast import overlap
 from fino_fast.factors import Role
@@ -56,6 +58,27 @@ def test_values_and_gradients(n: int, width: int, classes: int, device: torch.de
     assert float((at_z.cpu().double() - wanted).abs().max()) <= 2e-5 * size
 
 
+@pytest.mark.parametrize("form", [overlap.SWEEP, overlap.SQUARES], ids=["sweep", "squares"])
+def test_strided_rows(form: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transposed, gaps between rows, gaps between columns, and one row for all."""
+    monkeypatch.setattr(overlap, "_form", lambda call, *sizes: form)
+    n, width = 37, 20
+    base, labels = rows(n, 2 * width).to(device), categories(n, 4)
+    for view in (
+        base[:, :width].T.contiguous().T,
+        base[:, 5 : 5 + width],
+        base[:, ::2],
+        base[:1, :width].expand(n, width),
+    ):
+        assert view.stride() != (width, 1)
+        z = view.detach().requires_grad_()
+        expected, at = by_reference(view.cpu().double(), labels, "preserve")
+        of = call(z, labels, "preserve", 4)
+        torch.testing.assert_close(terms([of])[0].cpu().double(), expected, rtol=1e-5, atol=1e-7)
+        found = gradient(z, [(1.0, of)]).cpu().double()
+        assert float((found - at).abs().max()) <= 2e-5 * max(float(at.abs().max()), 1e-3)
+
+
 def test_the_sweep_and_the_products_agree(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +92,31 @@ def test_the_sweep_and_the_products_agree(
         assert bool(seen) == (form == overlap.SWEEP)
     for swept, multiplied in zip(*results, strict=True):
         torch.testing.assert_close(swept, multiplied, rtol=1e-4, atol=1e-6)
+
+
+class Products(TorchDispatchMode):
+    """Counts the library's batched products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ == "bmm"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_products_of_all_factors_are_one_batch(number: int, device: torch.device) -> None:
+    z = rows(40, 5).to(device).requires_grad_()
+    calls = [call(z, categories(40, 30, seed=k), "preserve", 30) for k in range(number)]
+    assert {overlap._form(of, 40, 30, 5) for of in calls} == {overlap.SQUARES}
+    with Products() as products:
+        total = Triton().step(Step(orthogonal=calls)).orthogonal
+        assert products.count == 2
+        assert total is not None
+        torch.autograd.grad(total, z)
+    assert products.count == 2 + 4
 
 
 def plain(z: Tensor, labels: Tensor, classes: int) -> Tensor:
