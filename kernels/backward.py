@@ -77,7 +77,13 @@ def backward(
         start.swept if bank.kind == OVERLAP.value else want_bank and bank.is_trained
         for bank, start in zip(banks, upstream, strict=True)
     ]
-    shares, parts, items, tile_of = _bank_work(banks, n, trained, tiles.columns)
+    shares, parts, items, tile_of = _bank_work(banks, n, trained, tiles.banks.columns)
+    # Those that share a gradient are neighbours in the table.
+    order = sorted(range(len(banks)), key=lambda e: (banks[e].space, upstream[e].swept))
+    first_item, first_tile = (
+        dict(zip(order, starts([counts[e] for e in order]), strict=True))
+        for counts in (items, tile_of)
+    )
     result = Gradients([x.new_empty(x.shape) for x in spaces], [], [])
     swept: dict[int, Tensor] = {}
     along = row.new_empty(n)
@@ -95,7 +101,7 @@ def backward(
         if bank.kind == PAIRS.value:
             descriptor.along, scale, inv_count = along, bank.offset, bank.inv_count
             at_scale, grad_scale = start.gradient, row.new_empty(())
-        descriptor.first_item, descriptor.first_tile = starts(items)[index], starts(tile_of)[index]
+        descriptor.first_item, descriptor.first_tile = first_item[index], first_tile[index]
         result.vectors.append(None)
         result.offset.append(grad_scale if bank.kind == PAIRS.value else None)
         if parts[index]:
@@ -104,7 +110,7 @@ def backward(
     for descriptor in table:
         descriptor.group = groups.index(descriptor.group) if descriptor.group >= 0 else -1
     records = [
-        words(table),
+        words([table[e] for e in order]),
         words(
             [
                 Space(swept.get(i), int(i in swept), padded(x.shape[1]), result.rows[i], x.shape[1])
@@ -119,19 +125,18 @@ def backward(
             address, table, spaces, tiles, len(groups), 0, 0, Losses(row, row, row, row, [])
         )
     if sum(items):
-        space = room(spaces, row, sum(items), tiles.columns, tiles)
+        space = room(spaces, row, sum(items), tiles.banks)
         launch(
             banks_kernel,
             min(sum(items), WORKERS),
             row,
-            tiles.compiler,
-            # Tiles are square: of more rows, they do not fit the registers.
-            sweep_constants(spaces[0], tiles, gradient=True) | {"ROWS": tiles.columns},
+            tiles.banks.compiler,
+            sweep_constants(spaces[0], tiles.banks, ()),
             table=address,
             entries=len(table),
             **space,
             # Not of 8 bits: Triton would lay out the operand that they mask as if it had 8 too.
-            used=row.new_empty(space["workers"], tiles.chunk, dtype=torch.int32),
+            used=row.new_empty(space["workers"], tiles.banks.chunk, dtype=torch.int32),
             n=n,
         )
     row_tiles = triton.cdiv(n, COMBINE_ROWS)

@@ -96,9 +96,11 @@ def prepare(banks: list[Bank], like: Tensor) -> tuple[Operands, list[Descriptor]
     operands = Operands(requests, like)
     rows_of = dict(zip(spaces, operands.ready[: len(spaces)], strict=True))
     descriptors: list[Descriptor] = []
-    for bank, ready in zip(banks, operands.ready[len(spaces) :], strict=True):
+    for index, (bank, ready) in enumerate(zip(banks, operands.ready[len(spaces) :], strict=True)):
         rows = rows_of[bank.space]
         descriptor = Descriptor(
+            number=index,
+            space=bank.space,
             kind=IDENTITY.value if bank.kind == OVERLAP.value else bank.kind,
             x=rows.matrix,
             x_stride=rows.matrix.stride(0),

@@ -38,7 +38,8 @@ from .tile import accumulate, coefficient_gain, coefficients, finish, inner_prod
 def bank_gradient(
     bank, tile, part, work, used, scratch, n, TYPE: tl.constexpr,
     SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """∂loss/∂bank and ∂loss/∂offset of one part of the rows, for one tile of a bank."""
     kind, classes = integer(bank, KIND), integer(bank, CLASSES)
@@ -58,7 +59,7 @@ def bank_gradient(
             rows = start + step.to(tl.int64)
             row_ok = rows < last_row
             s = inner_products(
-                vectors, vectors_stride, columns, column_ok, x, x_stride, rows, row_ok, depth,
+                (), vectors, vectors_stride, columns, column_ok, x, x_stride, rows, row_ok, depth,
                 TYPE, SUM, COLUMNS, ROWS, DEPTH, PRECISION, WIDEN,
             )  # fmt: skip
             bias = tl.load(pointer(bank, OFFSET, SUM) + columns, mask=column_ok, other=0.0)
@@ -88,7 +89,7 @@ def bank_gradient(
             tl.store(used + start - chunk + step, takes_part.to(tl.int32))
         accumulate(
             work, last - chunk, x, x_stride, chunk, used, scratch, depth, begun,
-            TYPE, SUM, COLUMNS, CHUNK, DEPTH, WIDTH, PRECISION, WIDEN, True,
+            TYPE, SUM, COLUMNS, CHUNK, STEP, WIDTH, PRECISION, WIDEN, True,
         )  # fmt: skip
         begun = 1
     factor = number(bank, WEIGHT, SUM) * tl.load(pointer(bank, INV_COUNT, SUM))
@@ -107,7 +108,8 @@ def bank_gradient(
 def banks_kernel(
     table, entries, items, work, used, scratch, scratch_size, workers, n, TYPE: tl.constexpr,
     SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, HOLDS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     worker = tl.program_id(0)
     work += worker.to(tl.int64) * COLUMNS * CHUNK
@@ -120,5 +122,5 @@ def banks_kernel(
         parts = integer(bank, PARTS)
         bank_gradient(
             bank, at // parts, at % parts, work, used, scratch, n,
-            TYPE, SUM, ROWS, COLUMNS, DEPTH, WIDTH, CHUNK, PRECISION, WIDEN,
+            TYPE, SUM, ROWS, COLUMNS, DEPTH, STEP, WIDTH, CHUNK, PRECISION, WIDEN,
         )  # fmt: skip

@@ -29,8 +29,9 @@ from .tiles import TILES, Tiles, forced
 CAPABILITIES = tuple(SHARED_LIMIT)
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 ROWS, CLASSES, VIEWS = 4096, 10_000, 2
-# Of embedding and projection: what is usual, and what no load of 16 bytes fits.
-WIDTHS = ((768, 256), (769, 1))
+# Of embedding and projection: what is usual, and what is not held and no load of 16 bytes fits.
+WIDTHS = ((768, 256), (1537, 1))
+SMALL = 384  # a width that is held beside the widest ones
 HEADS, GROUPS = 2, 35
 # Numbers of heads for which `operands` is compiled; the other kernels do not depend on them.
 MANY_HEADS = (12, 40)
@@ -93,7 +94,9 @@ def compiled(
         dtype = getattr(torch, name)
         for capability in capabilities:
             tiles = TILES[capability // 10, dtype]
-            wanted = [launch for widths in WIDTHS for launch in launches(dtype, tiles, widths)]
+            held = {SMALL} | {s.holds for s in (*tiles.sweeps, *tiles.rows) if s.holds}
+            every = dict.fromkeys((*WIDTHS, *((width, WIDTHS[0][1]) for width in sorted(held))))
+            wanted = [launch for widths in every for launch in launches(dtype, tiles, widths)]
             for heads in MANY_HEADS:
                 of_many = launches(dtype, tiles, WIDTHS[0], heads)
                 wanted += [launch for launch in of_many if launch.kernel is operands_kernel]
@@ -117,19 +120,24 @@ def faults(dtype: str, launch: Launch, result: Compiled) -> list[str]:
 
 
 def table(results: list[tuple[str, Launch, Compiled]]) -> str:
-    """The results as Markdown, all widths and compile-time variants of a kernel as one row."""
-    rows: dict[tuple[str, str, int], list[Compiled]] = {}
-    for dtype, _, result in results:
-        kernel = result.kernel.removesuffix("_kernel")
-        rows.setdefault((kernel, dtype, result.capability), []).append(result)
+    """The results as Markdown, all widths and compile-time variants of a kernel as one row.
+
+    But those that hold rows, and of these those of different tiles, apart from those that do not.
+    """
+    rows: dict[tuple[str, str, int, int], list[Compiled]] = {}
+    for dtype, launch, result in results:
+        kernel, holds = result.kernel.removesuffix("_kernel"), launch.constants.get("HOLDS", 0)
+        rows.setdefault((kernel, dtype, result.capability, holds), []).append(result)
     lines = [
-        "| kernel | dtype | chip | registers | spilled bytes | shared memory, KiB | tensor cores |",
-        "|---|---|---|---|---|---|---|",
+        "| kernel | dtype | chip | rows held up to D | registers | spilled bytes | "
+        "shared memory, KiB | tensor cores |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for (kernel, dtype, capability), group in sorted(rows.items()):
+    for (kernel, dtype, capability, holds), group in sorted(rows.items()):
         instructions = sorted({name for result in group for name in result.tensor_core})
         lines.append(
-            f"| {kernel} | {dtype} | sm_{capability} | {max(r.registers for r in group)} | "
+            f"| {kernel} | {dtype} | sm_{capability} | {holds or '—'} | "
+            f"{max(r.registers for r in group)} | "
             f"{max(r.spilled for r in group)} | {max(r.shared for r in group) / 1024:.1f} | "
             f"{', '.join(instructions) or '—'} |"
         )

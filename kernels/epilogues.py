@@ -73,13 +73,13 @@ def pair_masks(rows, columns, column_ok, local, images, first, two_tower):
 
 @triton.jit
 def logits(
-    x, x_stride, rows, row_ok, norm, bank, bank_stride, columns, column_ok, offset, kind, depth,
-    TYPE: tl.constexpr, SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    held, x, x_stride, rows, row_ok, norm, bank, bank_stride, columns, column_ok, offset, kind,
+    depth, TYPE: tl.constexpr, SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, COLUMNS] tile of ⟨x, bank⟩ · norm + bias."""
     s = inner_products(
-        x, x_stride, rows, row_ok, bank, bank_stride, columns, column_ok, depth,
+        held, x, x_stride, rows, row_ok, bank, bank_stride, columns, column_ok, depth,
         TYPE, SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
     )  # fmt: skip
     bias = tl.load(offset + columns, mask=column_ok & ~is_cosine(kind), other=0.0)

@@ -18,11 +18,12 @@ from .operands import padded, starts
 from .rows import rows_kernel
 from .sweep import sweep_kernel
 from .table import Descriptor, words
-from .tiles import WORKERS, Tiles, tiles_for
+from .tiles import WORKERS, Gradient, Sizes, Tiles, holding, tiles_for
 
 REDUCE_BLOCK = 1024
-# Programs that a sweep is split into at least, so that few rows or a small bank fill a GPU.
-WANTED_PROGRAMS = 512
+# Programs into which a sweep is split where rows are few: one for every multiprocessor of a large
+# GPU, because their registers leave no room for a second one.
+WANTED_PROGRAMS = 160
 MAX_SPLITS = 16  # partial sums of a row; bounds their memory at 20·MAX_SPLITS bytes a row and bank
 
 
@@ -71,30 +72,33 @@ def forward(banks: list[Bank], groups: list[int], balanced: bool) -> Losses:
     spaces, n = [bank.x for bank in banks], banks[0].x.shape[0]
     tiles = tiles_for(spaces[0])
     operands, table = prepare(banks, spaces[0])
-    splits = [_splits(n, bank.vectors.shape[0], tiles) for bank in banks]
-    programs = [triton.cdiv(n, tiles.sweep_rows) * count for count in splits]
+    depths = {descriptor.depth for descriptor in table}
+    sizes = holding(tiles.sweeps, max(depths))
+    programs = _share_out(table, triton.cdiv(n, sizes.rows), sizes)
     row = spaces[0].new_empty(0, dtype=banks[0].sums)
-    partial = row.new_empty(4, n * sum(splits))
-    best = row.new_empty(n * sum(splits), dtype=torch.int32)
+    parts = [descriptor.splits for descriptor in table]
+    partial = row.new_empty(4, n * sum(parts))
+    best = row.new_empty(n * sum(parts), dtype=torch.int32)
     one = row.new_ones(())
     kept: dict[int, Tensor] = {}
     for index, (bank, descriptor) in enumerate(zip(banks, table, strict=True)):
-        begin = n * starts(splits)[index]
+        begin = n * starts(parts)[index]
         descriptor.lse, descriptor.best = partial[0, begin:], best[begin:]
-        descriptor.splits, descriptor.first_program = splits[index], starts(programs)[index]
         descriptor.weight = 1.0 if balanced else bank.weight
         descriptor.upstream, descriptor.guidance = one, one if balanced else bank.guidance
         descriptor.group = groups[index]
         if groups[index] >= 0:
             shape = n, padded(bank.x.shape[1])
             descriptor.grad_x = kept.setdefault(groups[index], row.new_empty(shape))
+    # Those that share rows, and among them those that share a gradient, are neighbours.
+    table.sort(key=lambda descriptor: (descriptor.space, descriptor.group))
     address = operands.launch(words(table))
     launch(
         sweep_kernel,
-        sum(programs),
+        programs,
         row,
-        tiles.compiler,
-        sweep_constants(spaces[0], tiles),
+        sizes.compiler,
+        sweep_constants(spaces[0], sizes, depths),
         table=address,
         entries=len(banks),
         planes=partial.shape[1],
@@ -113,14 +117,16 @@ def launch_rows(
 ) -> None:  # fmt: skip
     """Launch `rows_kernel`: `reduced` banks, and the gradients of all groups of the table."""
     n = spaces[0].shape[0]
-    row_tiles = triton.cdiv(n, tiles.rows)
+    depths = {bank.depth for bank in table if bank.group >= 0} or {0}
+    sizes = holding(tiles.rows, max(depths))
+    row_tiles = triton.cdiv(n, sizes.rows)
     items = row_tiles * groups
     launch(
         rows_kernel,
         reduced + min(items, WORKERS),
         result.lse,
-        tiles.compiler,
-        sweep_constants(spaces[0], tiles, gradient=True) | {"BLOCK": REDUCE_BLOCK},
+        sizes.compiler,
+        sweep_constants(spaces[0], sizes, depths) | {"BLOCK": REDUCE_BLOCK},
         table=address,
         entries=len(table),
         planes=planes,
@@ -130,29 +136,47 @@ def launch_rows(
         weighted=result.weighted,
         lse_out=result.lse,
         row_tiles=row_tiles,
-        **room(spaces, result.lse, items, tiles.rows, tiles),
+        **room(spaces, result.lse, items, sizes),
         n=n,
     )
 
 
-def room(
-    spaces: list[Tensor], sums: Tensor, items: int, outer: int, tiles: Tiles
-) -> dict[str, Any]:
-    """Memory of the programs among which `items` tiles of `outer` vectors are shared out."""
+def room(spaces: list[Tensor], sums: Tensor, items: int, sizes: Gradient) -> dict[str, Any]:
+    """Memory of the programs among which `items` tiles are shared out."""
     workers = min(items, WORKERS)
     depth = max(padded(x.shape[1]) for x in spaces)
-    size = outer * triton.cdiv(depth, tiles.width) * tiles.width
+    size = sizes.rows * triton.cdiv(depth, sizes.width) * sizes.width
     return {
         "items": items,
         "workers": workers,
-        "work": spaces[0].new_empty(workers, outer, tiles.chunk),
+        "work": spaces[0].new_empty(workers, sizes.rows, sizes.chunk),
         "scratch": sums.new_empty(workers, size),
         "scratch_size": size,
     }
 
 
-def _splits(n: int, classes: int, tiles: Tiles) -> int:
-    """Into how many programs the sweep of one tile of rows over a bank is split."""
-    row_tiles, columns = triton.cdiv(n, tiles.sweep_rows), triton.cdiv(classes, tiles.columns)
-    splits: int = min(MAX_SPLITS, columns, WANTED_PROGRAMS // row_tiles)
-    return max(1, splits)
+def share_of(tiles: int, row_tiles: int) -> int:
+    """Of the tiles of all banks of a space, how many one program takes: few rows fill a GPU too."""
+    wanted = max(1, min(MAX_SPLITS, tiles, WANTED_PROGRAMS // row_tiles))
+    share: int = triton.cdiv(tiles, wanted)
+    return share
+
+
+def _share_out(table: list[Descriptor], row_tiles: int, sizes: Sizes) -> int:
+    """Describe which program sweeps what, and count the programs.
+
+    The tiles of all banks of a space are one sequence, of which every program takes a share of
+    equal length; where there are rows enough, the share is all of it.
+    """
+    programs = 0
+    for space in sorted({descriptor.space for descriptor in table}):
+        members = [descriptor for descriptor in table if descriptor.space == space]
+        tiles = [triton.cdiv(descriptor.classes, sizes.columns) for descriptor in members]
+        share = share_of(sum(tiles), row_tiles)
+        shares = triton.cdiv(sum(tiles), share)
+        for descriptor, before, count in zip(members, starts(tiles), tiles, strict=True):
+            descriptor.first_program, descriptor.shares = programs, shares
+            descriptor.share_tiles, descriptor.tiles_before = share, before
+            descriptor.splits = (before + count - 1) // share - before // share + 1
+        programs += row_tiles * shares
+    return programs

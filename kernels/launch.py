@@ -1,6 +1,6 @@
 """The one place where kernels are launched: here launches are counted, recorded or compiled."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .tiles import Compiler, Tiles
+from .tiles import Compiler, Gradient, Sizes, pieces
 
 Runner = Callable[["Launch"], None]
 
@@ -95,16 +95,20 @@ def sum_type(dtype: torch.dtype) -> Any:
     return element_type(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def sweep_constants(x: Tensor, tiles: Tiles, gradient: bool = False) -> dict[str, Any]:
-    """The compile-time arguments that sweeps over rows like `x` take; more for a `gradient`."""
+def sweep_constants(x: Tensor, sizes: Sizes, depths: Iterable[int]) -> dict[str, Any]:
+    """The compile-time arguments that sweeps over rows like `x`, of all these widths, take."""
     constants = {
         "TYPE": element_type(x.dtype),
         "SUM": sum_type(x.dtype),
-        "ROWS": tiles.rows if gradient else tiles.sweep_rows,
-        "COLUMNS": tiles.columns,
-        "DEPTH": tiles.depth,
+        "ROWS": sizes.rows,
+        "COLUMNS": sizes.columns,
+        "DEPTH": sizes.depth,
         "PRECISION": input_precision(x),
         # The interpreter's bf16 product is wrong; there the operands are widened first.
         "WIDEN": bool(triton.knobs.runtime.interpret) and x.dtype == torch.bfloat16,
+        "HOLDS": sizes.holds,
+        "HELD": pieces(sizes, depths),
     }
-    return constants | ({"WIDTH": tiles.width, "CHUNK": tiles.chunk} if gradient else {})
+    if isinstance(sizes, Gradient):
+        constants |= {"STEP": sizes.step, "WIDTH": sizes.width, "CHUNK": sizes.chunk}
+    return constants

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from triton import cdiv
 
+from .forward import share_of
 from .page import write_between
-from .tiles import TILES, Tiles
+from .tiles import TILES, Gradient, Sizes, Tiles, holding
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Cost:
 
 
 def sweep(
-    outer: int, inner: int, depth: int, tile: tuple[int, int], itemsize: int, step: int
-) -> Cost:
+    outer: int, inner: int, depth: int, tile: tuple[int, int], itemsize: int, step: int,
+    held: bool = False,
+) -> Cost:  # fmt: skip
     """Logits of `outer` vectors, which own programs, with `inner` ones.
 
     Args:
@@ -43,39 +45,60 @@ def sweep(
         tile: of outer and inner vectors.
         itemsize: bytes of an entry.
         step: along D inside a product.
+        held: the outer vectors stay where they are; `rows_held` is their reading.
     """
     outer_tiles, inner_tiles = cdiv(outer, tile[0]), cdiv(inner, tile[1])
     flops = 2 * outer_tiles * tile[0] * inner_tiles * tile[1] * cdiv(depth, step) * step
     outer_bytes, inner_bytes = outer * depth * itemsize, inner * depth * itemsize
-    moved = inner_tiles * outer_bytes + outer_tiles * inner_bytes
+    moved = outer_tiles * inner_bytes + (0 if held else inner_tiles * outer_bytes)
     return Cost(flops, moved, outer_bytes + inner_bytes)
 
 
+def rows_held(entries: int, itemsize: int, shares: int = 1) -> Cost:
+    """Rows that a sweep reads once for all banks on them, or once for each of the shares."""
+    return Cost(0, entries * itemsize * shares, 0)
+
+
+def swept(n: int, classes: int, depth: int, itemsize: int, sizes: Sizes) -> Cost:
+    """One bank alone on its rows, by `sweep_kernel`."""
+    held = depth <= sizes.holds
+    cost = sweep(n, classes, depth, (sizes.rows, sizes.columns), itemsize, sizes.depth, held)
+    if not held:
+        return cost
+    tiles = cdiv(classes, sizes.columns)
+    shares = cdiv(tiles, share_of(tiles, cdiv(n, sizes.rows)))
+    return cost + rows_held(n * depth, itemsize, shares)
+
+
 def gradient_sweep(
-    outer: int, inner: int, depth: int, tile: tuple[int, int], itemsize: int, tiles: Tiles,
-    written: int, parts: int = 1,
-) -> Cost:  # fmt: skip
+    outer: int, inner: int, depth: int, itemsize: int, sizes: Gradient, written: int, parts: int = 1
+) -> Cost:
     """Σ_j coefficient_ij · inner vector j for every outer vector i, logits included.
 
     Args:
-        outer, inner, depth, tile, itemsize: as in `sweep`.
-        tiles: for the chunk, the step and the width.
+        outer, inner, depth, itemsize: as in `sweep`.
+        sizes: of the tile loop; outer vectors are its rows.
         written: bytes of an entry of the gradient.
         parts: into which the inner vectors are split, each with a gradient of its own.
     """
-    outer_tiles, chunks = cdiv(outer, tile[0]), parts * cdiv(cdiv(inner, parts), tiles.chunk)
-    inner_step = cdiv(inner, tiles.depth) * tiles.depth  # chunks are multiples of it
-    inner_tile = cdiv(inner, tile[1]) * tile[1]
-    width = cdiv(depth, tiles.width) * tiles.width
-    rows, sums = outer_tiles * tile[0], max(itemsize, 4)
+    outer_tiles = cdiv(outer, sizes.rows)
+    chunks = parts * cdiv(cdiv(inner, parts), sizes.chunk)
+    inner_step = cdiv(inner, sizes.step) * sizes.step  # chunks are multiples of it
+    inner_tile = cdiv(inner, sizes.columns) * sizes.columns
+    width = cdiv(depth, sizes.width) * sizes.width
+    rows, sums = outer_tiles * sizes.rows, max(itemsize, 4)
     flops = 2 * rows * inner_step * width
     # Coefficients: written once, read for every width. Vectors: once more for every outer tile.
-    moved = itemsize * rows * (inner_tile + inner_step * width // tiles.width)
+    moved = itemsize * rows * (inner_tile + inner_step * width // sizes.width)
     moved += outer_tiles * inner * depth * itemsize
     # The sums of a chunk: written, and read for the next; at the end read and written out.
     moved += sums * rows * width * (2 * chunks - parts) + parts * outer * depth * (sums + written)
-    logits = sweep(outer, inner, depth, tile, itemsize, tiles.depth)
-    return logits + Cost(flops, moved, parts * outer * depth * written)
+    held = depth <= sizes.holds
+    tile = (sizes.rows, sizes.columns)
+    cost = sweep(outer, inner, depth, tile, itemsize, sizes.depth, held)
+    if held:
+        cost += rows_held(outer * depth, itemsize)
+    return cost + Cost(flops, moved, parts * outer * depth * written)
 
 
 def copied(entries: int, itemsize: tuple[int, int]) -> Cost:
@@ -100,16 +123,20 @@ def combined(entries: int, parts: int, sums: int, itemsize: int) -> Cost:
     return Cost(0, moved, moved)
 
 
-def contrastive_cost(n: int, m: int, width: int, itemsize: int, tiles: Tiles) -> Cost:
-    """Forward and backward of N local rows against M columns."""
+def contrastive_cost(n: int, m: int, width: int, itemsize: int, tiles: Tiles, widest: int) -> Cost:
+    """Forward and backward of N local rows against M columns.
+
+    Args:
+        widest: width of the widest rows of the step, by which the tiles are chosen.
+    """
     sums = max(4, itemsize)
     # Both passes take the norms of the rows and copy the columns.
     operands = rows_read(n * width, itemsize) + copied(m * width, (itemsize, itemsize))
     return (
         operands
-        + sweep(n, m, width, (tiles.sweep_rows, tiles.columns), itemsize, tiles.depth)
+        + swept(n, m, width, itemsize, holding(tiles.sweeps, widest))
         + operands
-        + gradient_sweep(n, m, width, (tiles.rows, tiles.columns), itemsize, tiles, sums)
+        + gradient_sweep(n, m, width, itemsize, holding(tiles.rows, widest), sums)
         + combined(n * width, 1, sums, itemsize)
     )
 
@@ -125,19 +152,18 @@ def head_cost(
     size, sums = itemsize[0], max(4, itemsize[0])
     cost = (
         copied(classes * depth, (itemsize[1], size))
-        + sweep(n, classes, depth, (tiles.sweep_rows, tiles.columns), size, tiles.depth)
-        + gradient_sweep(n, classes, depth, (tiles.rows, tiles.columns), size, tiles, sums)
+        + swept(n, classes, depth, size, holding(tiles.sweeps, depth))
+        + gradient_sweep(n, classes, depth, size, holding(tiles.rows, depth), sums)
         + combined(n * depth, 1, sums, size)
     )
     if not trained:
         # The norms of the rows.
         return cost + rows_read(n * depth, size)
-    back = (tiles.columns, tiles.columns)
     # Backward the bank is converted again.
     return (
         cost
         + copied(classes * depth, (itemsize[1], size))
-        + gradient_sweep(classes, n, depth, back, size, tiles, sums)
+        + gradient_sweep(classes, n, depth, size, tiles.banks, sums)
         + combined(classes * depth, 1, sums, itemsize[1])
     )
 
@@ -147,8 +173,8 @@ def overlap_cost(n: int, depth: int, groups: int, itemsize: int, tiles: Tiles) -
     sums = max(4, itemsize)
     # Both passes multiply U by its factor; three sweeps read the targets, which are zero.
     operands, zeros = copied(n * depth, (itemsize, itemsize)), values_read(n * groups, sums)
-    swept = head_cost(n, depth, groups, (itemsize, sums), tiles, trained=True)
-    return swept + operands + operands + zeros + zeros + zeros
+    head = head_cost(n, depth, groups, (itemsize, sums), tiles, trained=True)
+    return head + operands + operands + zeros + zeros + zeros
 
 
 @dataclass(frozen=True)
@@ -200,7 +226,7 @@ def table() -> str:
         for chip in CHIPS:
             tiles = TILES[chip.major, torch.bfloat16]
             costs = (
-                contrastive_cost(rows, rows, PROJECTION, BF16, tiles),
+                contrastive_cost(rows, rows, PROJECTION, BF16, tiles, DEPTH),
                 head_cost(rows, DEPTH, CLASSES, (BF16, FP32), tiles, trained=True),
                 head_cost(rows, DEPTH, CLASSES, (BF16, FP32), tiles, trained=False),
                 overlap_cost(rows, DEPTH, GROUPS, BF16, tiles),

@@ -1,8 +1,8 @@
 """The losses and metrics of all banks from their rows' sums, and the gradients at the rows.
 
 One launch for all: the first programs reduce one bank each in a fixed order; the others share out
-the tiles of rows, in which the banks on the same rows are summed. A program finishes a tile alone,
-so every sum has a fixed order.
+the tiles of rows. A program reads a tile once and walks the banks that send it a gradient. It
+finishes the tile alone, so every sum has a fixed order.
 """
 
 import triton
@@ -33,6 +33,7 @@ from .table import (
     LOCAL,
     LSE,
     NORMS,
+    NUMBER,
     OFFSET,
     SMOOTHING,
     SPLITS,
@@ -41,12 +42,22 @@ from .table import (
     TWO_TOWER,
     UPSTREAM,
     WEIGHT,
+    entries_of,
     integer,
     number,
     operands_of,
     pointer,
 )
-from .tile import CLAMPED, LOWEST, accumulate, coefficient_gain, coefficients, finish
+from .tile import (
+    CLAMPED,
+    LOWEST,
+    accumulate,
+    coefficient_gain,
+    coefficients,
+    finish,
+    hold,
+    pieces_of,
+)
 
 
 @triton.jit
@@ -104,11 +115,12 @@ def reduce_bank(
 
 @triton.jit
 def rows_gradient(
-    bank, factor, tile, started, work, scratch, n, TYPE: tl.constexpr,
+    held, bank, factor, tile, started, work, scratch, n, TYPE: tl.constexpr,
     SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Adds factor · ∂Σ loss/∂x of one bank for one tile of rows, or writes it where not `started`.
+    """Adds factor · ∂Σ loss/∂x of one bank for one tile of rows, or writes it where `started` is 0.
 
     Of a contrastive term ∂Σ loss/∂s_ij + ∂Σ loss/∂s_ji is taken: s is symmetric, and the second is
     what the other row's loss, of any rank, sends to this row.
@@ -129,14 +141,16 @@ def rows_gradient(
     gain = coefficient_gain(~is_error(kind), TYPE)
     along = tl.zeros([ROWS], dtype=SUM)  # ⟨x̂, ∂loss/∂x̂⟩
     begun = 0
+    # Buffers for the stages of a pipeline do not fit beside rows that are held.
+    STAGES: tl.constexpr = 1 if len(held) > 0 else None
     for chunk in range(0, classes, CHUNK):
         last = tl.minimum(chunk + CHUNK, classes)
-        for start in range(chunk, last, COLUMNS):
+        for start in tl.range(chunk, last, COLUMNS, num_stages=STAGES):
             step = tl.arange(0, COLUMNS)
             columns = start + step.to(tl.int64)
             column_ok = columns < classes
             s = logits(
-                x, x_stride, rows, row_ok, norm, vectors, vectors_stride, columns, column_ok,
+                held, x, x_stride, rows, row_ok, norm, vectors, vectors_stride, columns, column_ok,
                 pointer(bank, OFFSET, SUM), kind, depth,
                 TYPE, SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
             )  # fmt: skip
@@ -176,7 +190,7 @@ def rows_gradient(
             tl.store(at, coefficients(g, gain, TYPE))
         accumulate(
             work, last - chunk, vectors, vectors_stride, chunk, work, scratch, depth, begun,
-            TYPE, SUM, ROWS, CHUNK, DEPTH, WIDTH, PRECISION, WIDEN, False,
+            TYPE, SUM, ROWS, CHUNK, STEP, WIDTH, PRECISION, WIDEN, False,
         )  # fmt: skip
         begun = 1
     if kind == PAIRS:
@@ -194,13 +208,15 @@ def rows_kernel(
     table, entries, planes, reduced, losses, metrics, weighted, lse_out, row_tiles, items, work,
     scratch, scratch_size, workers, n, TYPE: tl.constexpr, BLOCK: tl.constexpr,
     SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, HOLDS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) < reduced:
-        f = tl.program_id(0)
+        bank = table + tl.program_id(0) * FIELDS
+        f = integer(bank, NUMBER)
         reduce_bank(
-            table + f * FIELDS, planes, losses + f, metrics + f, weighted + f,
-            lse_out + f.to(tl.int64) * n, n, SUM, BLOCK,
+            bank, planes, losses + f, metrics + f, weighted + f, lse_out + f.to(tl.int64) * n, n,
+            SUM, BLOCK,
         )  # fmt: skip
     else:
         worker = tl.program_id(0) - reduced
@@ -208,15 +224,19 @@ def rows_kernel(
         scratch += worker.to(tl.int64) * scratch_size
         for turn in range(tl.cdiv(items - worker, workers)):
             item = worker + turn * workers
-            started = 0
-            for f in range(entries):
-                bank = table + f * FIELDS
-                if integer(bank, GROUP) == item // row_tiles:
-                    factor = number(bank, WEIGHT, SUM) * tl.load(pointer(bank, INV_COUNT, SUM))
-                    factor *= tl.load(pointer(bank, UPSTREAM, SUM))
-                    factor *= tl.load(pointer(bank, GUIDANCE, SUM))
-                    rows_gradient(
-                        bank, factor, item % row_tiles, started, work, scratch, n,
-                        TYPE, SUM, ROWS, COLUMNS, DEPTH, WIDTH, CHUNK, PRECISION, WIDEN,
-                    )  # fmt: skip
-                    started = 1
+            tile = item % row_tiles
+            first, last = entries_of(table, entries, FIELDS, GROUP, item // row_tiles)
+            x, x_stride, _, _, depth = operands_of(table + first * FIELDS, TYPE)
+            rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+            for i in tl.static_range(len(HELD)):
+                if pieces_of(depth, HOLDS, DEPTH) == HELD[i]:
+                    held = hold(x, x_stride, rows, rows < n, depth, DEPTH, HELD[i])
+                    for f in range(first, last):
+                        bank = table + f * FIELDS
+                        factor = number(bank, WEIGHT, SUM) * tl.load(pointer(bank, INV_COUNT, SUM))
+                        factor *= tl.load(pointer(bank, UPSTREAM, SUM))
+                        factor *= tl.load(pointer(bank, GUIDANCE, SUM))
+                        rows_gradient(
+                            held, bank, factor, tile, f - first, work, scratch, n,
+                            TYPE, SUM, ROWS, COLUMNS, DEPTH, STEP, WIDTH, CHUNK, PRECISION, WIDEN,
+                        )  # fmt: skip

@@ -1,6 +1,7 @@
 """The log-sum-exps, targets' logits and errors of all rows in all banks, in one launch.
 
-A bank is split among programs, whose partial sums the next launch joins: few rows fill a GPU too.
+A program reads its tile of rows once and walks the banks on them. Where rows are few, it walks a
+share of the banks' tiles, and the next launch joins the sums of the shares.
 """
 
 import triton
@@ -15,9 +16,12 @@ from .epilogues import (
     squared_errors,
 )
 from .table import (
+    BANK,
+    BANK_STRIDE,
     BEST,
     CLASSES,
     COUNTS,
+    DEPTH_OF,
     FIELDS,
     FIRST,
     FIRST_PROGRAM,
@@ -27,46 +31,46 @@ from .table import (
     LSE,
     NORMS,
     OFFSET,
+    SHARE_TILES,
+    SHARES,
     SMOOTHING,
-    SPLITS,
+    SPACE,
     TARGET,
     TARGET_STRIDE,
+    TILES_BEFORE,
     TWO_TOWER,
+    X_STRIDE,
+    X,
+    entries_of,
     find,
     integer,
     number,
-    operands_of,
     pointer,
+    width,
 )
-from .tile import LOWEST
+from .tile import LOWEST, hold, pieces_of
 
 
 @triton.jit
-def sweep_kernel(
-    table, entries, planes, n,
+def sweep_bank(
+    held, bank, share, begin, first_row, x, x_stride, depth, planes, n,
     TYPE: tl.constexpr, SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    bank = table + find(table, entries, FIELDS, FIRST_PROGRAM, program) * FIELDS
-    splits, kind, classes = integer(bank, SPLITS), integer(bank, KIND), integer(bank, CLASSES)
-    program -= integer(bank, FIRST_PROGRAM)
-    split = program % splits
-    x, x_stride, vectors, vectors_stride, depth = operands_of(bank, TYPE)
+    """The sums of one tile of rows over what lies in tiles begin … begin + share of a bank."""
+    kind, classes = integer(bank, KIND), integer(bank, CLASSES)
+    vectors, vectors_stride = pointer(bank, BANK, TYPE), width(bank, BANK_STRIDE)
     offset, epsilon = pointer(bank, OFFSET, SUM), number(bank, SMOOTHING, SUM)
-
-    first_row = (program // splits).to(tl.int64) * ROWS
     step = tl.arange(0, COLUMNS)
     rows = first_row + tl.arange(0, ROWS)
     row_ok = rows < n
     label = tl.load(pointer(bank, TARGET, tl.int64) + rows, mask=row_ok & (kind < 2), other=-1)
     label = label.to(tl.int32)
     norm = tl.load(pointer(bank, NORMS, SUM) + rows, mask=row_ok & is_cosine(kind), other=1.0)
-
-    tiles = tl.cdiv(classes, COLUMNS)
-    share = tl.cdiv(tiles, splits)
-    first_tile = split * share
-    last_tile = tl.minimum(first_tile + share, tiles)
+    # Tiles of the bank follow those of the banks before it in the same space.
+    before = integer(bank, TILES_BEFORE)
+    first_tile = tl.maximum(begin - before, 0)
+    last_tile = tl.minimum(begin + share - before, tl.cdiv(classes, COLUMNS))
 
     peak = tl.full([ROWS], LOWEST, dtype=SUM)
     total = tl.zeros([ROWS], dtype=SUM)  # Σ_k exp(s_k − peak)
@@ -77,8 +81,8 @@ def sweep_kernel(
         columns = tile * COLUMNS + step.to(tl.int64)
         column_ok = columns < classes
         s = logits(
-            x, x_stride, rows, row_ok, norm, vectors, vectors_stride, columns, column_ok, offset,
-            kind, depth, TYPE, SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
+            held, x, x_stride, rows, row_ok, norm, vectors, vectors_stride, columns, column_ok,
+            offset, kind, depth, TYPE, SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
         )  # fmt: skip
         if is_error(kind):
             stride = integer(bank, TARGET_STRIDE)
@@ -117,11 +121,37 @@ def sweep_kernel(
             total = total * tl.exp(peak - new_peak) + tl.sum(p, axis=1)
             peak = new_peak
 
-    out = pointer(bank, LSE, SUM) + split.to(tl.int64) * n + rows
+    part = begin // share - before // share
+    out = pointer(bank, LSE, SUM) + part.to(tl.int64) * n + rows
+    row_ok = row_ok & (first_tile < last_tile)
     lse = tl.where(total == 0, LOWEST, peak + tl.log(tl.where(total == 0, 1.0, total)))
     tl.store(out, lse, mask=row_ok)
     tl.store(out + planes, peak, mask=row_ok)
     tl.store(out + 2 * planes, at_target, mask=row_ok)
     tl.store(out + 3 * planes, all_logits, mask=row_ok)
-    best_out = pointer(bank, BEST, tl.int32) + split.to(tl.int64) * n + rows
+    best_out = pointer(bank, BEST, tl.int32) + part.to(tl.int64) * n + rows
     tl.store(best_out, best, mask=row_ok)
+
+
+@triton.jit
+def sweep_kernel(
+    table, entries, planes, n, TYPE: tl.constexpr, SUM: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    HOLDS: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    lead = table + find(table, entries, FIELDS, FIRST_PROGRAM, program) * FIELDS
+    program -= integer(lead, FIRST_PROGRAM)
+    shares, share = integer(lead, SHARES), integer(lead, SHARE_TILES)
+    first_row, begin = (program // shares).to(tl.int64) * ROWS, program % shares * share
+    rows = first_row + tl.arange(0, ROWS)
+    x, x_stride, depth = pointer(lead, X, TYPE), width(lead, X_STRIDE), width(lead, DEPTH_OF)
+    first, last = entries_of(table, entries, FIELDS, SPACE, integer(lead, SPACE))
+    for i in tl.static_range(len(HELD)):
+        if pieces_of(depth, HOLDS, DEPTH) == HELD[i]:
+            held = hold(x, x_stride, rows, rows < n, depth, DEPTH, HELD[i])
+            for f in range(first, last):
+                sweep_bank(
+                    held, table + f * FIELDS, share, begin, first_row, x, x_stride, depth, planes,
+                    n, TYPE, SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
+                )  # fmt: skip

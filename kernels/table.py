@@ -25,6 +25,8 @@ class Descriptor:
     A field that the kind of the bank or the pass has no use for stays 0.
 
     Attributes:
+        number: of the bank in the step.
+        space: of its rows.
         kind: number in `fino_fast.ops.KINDS`, or PAIRS or OVERLAP of `epilogues`.
         x, x_stride, depth: [N, W] rows, W the columns, in the dtype of the launch.
         norms: [N] inverse norms of the rows.
@@ -42,7 +44,9 @@ class Descriptor:
             more planes of sums behind them.
         best: [splits, N] int32 predictions.
         weight, upstream, guidance: the gradient's factors, a number and two 0-d.
-        first_program: of the sweep.
+        first_program, shares, share_tiles: of the sweep of the space: how many shares the tiles of
+            all its banks are split into, and how many tiles are in one.
+        tiles_before: of the banks of the space before this one.
         group, grad_x: [N, W] to which the gradient at the rows is added; −1 for none.
         along: [N] ⟨x̂, ∂loss/∂x̂⟩ of a contrastive term.
         first_item, parts, share: of the gradient at the bank, how its rows are split.
@@ -51,6 +55,8 @@ class Descriptor:
         bank_out, bank_type, width, offset_out, offset_type: [K, width] and [K] results.
     """
 
+    number: int
+    space: int
     kind: int
     x: Tensor
     x_stride: int
@@ -77,6 +83,9 @@ class Descriptor:
     upstream: Word = None
     guidance: Word = None
     first_program: int = 0
+    shares: int = 0
+    share_tiles: int = 0
+    tiles_before: int = 0
     group: int = -1
     grad_x: Word = None
     along: Word = None
@@ -95,10 +104,11 @@ class Descriptor:
 
 FIELDS = tl.constexpr(len(fields(Descriptor)))
 (
-    KIND, X, X_STRIDE, DEPTH_OF, NORMS, BANK, BANK_STRIDE, CLASSES, OFFSET, TARGET,
+    NUMBER, SPACE, KIND, X, X_STRIDE, DEPTH_OF, NORMS, BANK, BANK_STRIDE, CLASSES, OFFSET, TARGET,
     TARGET_STRIDE, COUNTS,
     SMOOTHING, INV_COUNT, LOCAL, IMAGES, FIRST, TWO_TOWER, COLUMN_LSE, LSE, BEST, SPLITS,
-    WEIGHT, UPSTREAM, GUIDANCE, FIRST_PROGRAM, GROUP, GRAD_X, ALONG, FIRST_ITEM, PARTS, SHARE,
+    WEIGHT, UPSTREAM, GUIDANCE, FIRST_PROGRAM, SHARES, SHARE_TILES,
+    TILES_BEFORE, GROUP, GRAD_X, ALONG, FIRST_ITEM, PARTS, SHARE,
     GRAD_BANK, GRAD_OFFSET, FIRST_TILE, BANK_OUT, BANK_TYPE, WIDTH_OF, OFFSET_OUT, OFFSET_TYPE,
 ) = (tl.constexpr(i) for i in range(FIELDS.value))  # fmt: skip
 
@@ -251,7 +261,10 @@ def operands_of(bank, TYPE: tl.constexpr):
 
 @triton.jit
 def find(table, entries, FIELDS: tl.constexpr, FIELD: tl.constexpr, program):
-    """Which bank `program` works on; in `FIELD`, which ascends from 0, the first one's number."""
+    """Which bank `program` works on; in `FIELD`, which ascends from 0, the first one's number.
+
+    Of banks that begin with the same program it is the last.
+    """
     index = -1
     for first in range(0, entries, 128):
         entry = first + tl.arange(0, 128)
@@ -259,6 +272,19 @@ def find(table, entries, FIELDS: tl.constexpr, FIELD: tl.constexpr, program):
         begins = as_integer(tl.load(table + entry * FIELDS + FIELD, mask=exists, other=0))
         index += tl.sum((exists & (begins <= program)).to(tl.int32), axis=0)
     return index
+
+
+@triton.jit
+def entries_of(table, entries, FIELDS: tl.constexpr, FIELD: tl.constexpr, value):
+    """(first, one past the last) of the entries with `value` in `FIELD`; they are neighbours."""
+    begin, count = entries, 0
+    for first in range(0, entries, 128):
+        entry = first + tl.arange(0, 128)
+        numbers = as_integer(tl.load(table + entry * FIELDS + FIELD, mask=entry < entries, other=0))
+        found = (entry < entries) & (numbers == value)
+        begin = tl.minimum(begin, tl.min(tl.where(found, entry, entries), axis=0))
+        count += tl.sum(found.to(tl.int32), axis=0)
+    return begin, begin + count
 
 
 @triton.jit

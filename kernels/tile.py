@@ -4,7 +4,8 @@ A sweep takes tiles of rows against tiles of a bank: products accumulated over t
 epilogue that is the term's own. A sweep for gradients keeps the epilogue's coefficients of a chunk
 of the bank in memory of its program (in practice in the L2 cache), and multiplies them with the
 chunk afterwards: the logits are computed once whatever the width, and no accumulator outlives a
-product. Offsets are int64 throughout: N·D and K·D may exceed 2³¹.
+product. A tile of rows is held in shared memory for all banks on them where it fits (`tiles`).
+Offsets are int64 throughout: N·D and K·D may exceed 2³¹.
 """
 
 import triton
@@ -39,17 +40,65 @@ def product(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def pieces_of(depth, HOLDS: tl.constexpr, DEPTH: tl.constexpr):
+    """In how many pieces a tile of rows of `depth` columns is held; 0: it is not."""
+    pieces = 0  # known to the compiler where no tile is held
+    if HOLDS > 0:
+        pieces = tl.where(depth <= HOLDS, tl.cdiv(depth, DEPTH), 0)
+    return pieces
+
+
+@triton.jit
+def load_piece(
+    matrix, stride, rows, row_ok, piece: tl.constexpr, depth, DEPTH: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    """[R, DEPTH] piece of a tile of rows that PIECES cover; only the last one has a border."""
+    k = piece * DEPTH + tl.arange(0, DEPTH)
+    at = tl.multiple_of(matrix + (rows[:, None] * stride + k[None, :]), (1, 16))
+    ok = row_ok[:, None]
+    if piece + 1 == PIECES:
+        ok = ok & (k < depth)[None, :]
+    return tl.load(at, mask=ok, other=0.0)
+
+
+@triton.jit
+def hold(matrix, stride, rows, row_ok, depth, DEPTH: tl.constexpr, PIECES: tl.constexpr):
+    """A tile of rows in pieces, loaded once for all that follows.
+
+    The compiler keeps an operand of products that does not change in a loop in shared memory, but
+    it has to see which one it is: hence pieces by number, and a kernel for every width.
+    """
+    pieces = ()
+    for i in tl.static_range(PIECES):
+        piece = load_piece(matrix, stride, rows, row_ok, i, depth, DEPTH, PIECES)
+        # Triton has no unpacking.
+        pieces = pieces + (piece,)  # type: ignore[assignment]  # noqa: RUF005
+    return pieces
+
+
+@triton.jit
 def inner_products(
-    a, a_stride, a_rows, a_ok, b, b_stride, b_rows, b_ok, depth, TYPE: tl.constexpr,
+    held, a, a_stride, a_rows, a_ok, b, b_stride, b_rows, b_ok, depth, TYPE: tl.constexpr,
     SUM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """[A, B] tile of a·bᵀ, products in TYPE."""
+    """[A, B] tile of a·bᵀ, products in TYPE; a is read only where it is not `held`."""
     total = tl.zeros([A, B], dtype=SUM)
-    for first in range(0, depth, DEPTH):
-        left = load_tile(a, a_stride, a_rows, a_ok, first, depth, DEPTH).to(TYPE)
-        right = load_tile(b, b_stride, b_rows, b_ok, first, depth, DEPTH).to(TYPE)
-        total = product(left, tl.trans(right), total, PRECISION, WIDEN)
+    if len(held) > 0:
+        right = load_piece(b, b_stride, b_rows, b_ok, 0, depth, DEPTH, len(held))
+        for i in tl.static_range(len(held)):
+            following = right
+            if i + 1 < len(held):
+                # On its way while the one before it is multiplied.
+                following = load_piece(b, b_stride, b_rows, b_ok, i + 1, depth, DEPTH, len(held))
+            total = product(held[i], tl.trans(right), total, PRECISION, WIDEN)
+            right = following
+    else:
+        for first in range(0, depth, DEPTH):
+            left = load_tile(a, a_stride, a_rows, a_ok, first, depth, DEPTH)
+            right = load_tile(b, b_stride, b_rows, b_ok, first, depth, DEPTH)
+            total = product(left, tl.trans(right), total, PRECISION, WIDEN)
     return total
 
 
@@ -78,7 +127,7 @@ def coefficients(g, gain, TYPE: tl.constexpr):
 def accumulate(
     work, count, b, b_stride, first, inner_ok, scratch, depth, started,
     TYPE: tl.constexpr, SUM: tl.constexpr, A: tl.constexpr, CHUNK: tl.constexpr,
-    DEPTH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    STEP: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     CHECKED: tl.constexpr,
 ):  # fmt: skip
     """scratch = (scratch where `started` is 1) + coefficients · vectors first … of b.
@@ -98,8 +147,8 @@ def accumulate(
     for width_0 in range(0, depth, WIDTH):
         at = scratch + width_0 + rows[:, None] * stride + tl.arange(0, WIDTH)[None, :]
         total = tl.load(at, mask=started > 0, other=0.0)
-        for k in range(0, count, DEPTH):
-            step = tl.arange(0, DEPTH)
+        for k in range(0, count, STEP):
+            step = tl.arange(0, STEP)
             step_ok = k + step < count
             if CHECKED:
                 step_ok = step_ok & (tl.load(inner_ok + k + step) != 0)

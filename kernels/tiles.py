@@ -4,9 +4,10 @@ Chosen so that every kernel compiles without register spills and within the chip
 (docs/gpu.md has the compiler's figures); they were not tuned by timing on a device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import triton
@@ -27,52 +28,151 @@ class Compiler:
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Sizes of the tile loop.
+class Sizes:
+    """Sizes of one tile loop.
 
     Attributes:
-        sweep_rows: rows of a tile where no gradient is taken.
-        rows: rows of a tile where one is; its epilogue holds more.
+        holds: rows of so many columns at most are held in shared memory while a program walks the
+            banks on them; wider ones are read again for every tile of a bank.
+        rows: rows of a tile.
         columns: bank vectors of a tile.
         depth: step along the summed dimension inside a product.
-        width: columns of a gradient that are accumulated at a time.
-        chunk: vectors whose coefficients a program holds between its two products.
         compiler: see there.
     """
 
-    sweep_rows: int
+    holds: int
     rows: int
     columns: int
     depth: int
-    width: int
-    chunk: int
     compiler: Compiler
 
+
+@dataclass(frozen=True)
+class Gradient(Sizes):
+    """Sizes of a tile loop with a second product, coefficients by vectors.
+
+    Attributes:
+        step: along the vectors inside the second product.
+        width: columns of a gradient that are accumulated at a time.
+        chunk: vectors whose coefficients a program keeps between its two products.
+    """
+
+    step: int
+    width: int
+    chunk: int
+
     def __post_init__(self) -> None:
-        if any(self.chunk % size for size in (self.rows, self.columns, self.depth)):
+        if any(self.chunk % size for size in (self.rows, self.columns, self.step)):
             raise ValueError(f"a chunk holds whole tiles and steps, found {self}")
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of all tile loops of a chip and dtype.
+
+    Attributes:
+        sweeps: without a gradient, by the width of rows that they hold; the last takes all others.
+        rows: for the gradients at the rows, likewise.
+        banks: for those at the banks; as many rows as columns, more do not fit the registers.
+    """
+
+    sweeps: tuple[Sizes, ...]
+    rows: tuple[Gradient, ...]
+    banks: Gradient
+
+    def __post_init__(self) -> None:
+        if self.banks.rows != self.banks.columns:
+            raise ValueError(f"tiles of banks are square, found {self.banks}")
+
+
+AnySizes = TypeVar("AnySizes", bound=Sizes)
+
+
+def holding(sizes: Sequence[AnySizes], depth: int) -> AnySizes:
+    """The first of them that holds rows of `depth` columns; the last one where none does."""
+    return next((size for size in sizes if depth <= size.holds), sizes[-1])
+
+
+def pieces(sizes: Sizes, depths: Iterable[int]) -> tuple[int, ...]:
+    """In how many pieces rows of all these widths are held; 0: they are not."""
+    counts = (triton.cdiv(depth, sizes.depth) if depth <= sizes.holds else 0 for depth in depths)
+    return tuple(sorted(set(counts)))
+
+
+_HALF_80 = Tiles(
+    (Sizes(1024, 64, 32, 64, Compiler(8, 1)), Sizes(0, 128, 64, 32, Compiler(8, 3))),
+    (
+        Gradient(768, 64, 32, 64, Compiler(8, 3), 32, 64, 512),
+        Gradient(0, 64, 32, 32, Compiler(8, 3), 32, 64, 512),
+    ),
+    Gradient(0, 64, 64, 32, Compiler(8, 3), 32, 64, 512),
+)
+# Scaling the coefficients takes registers.
+_FP16_80 = replace(
+    _HALF_80,
+    rows=(Gradient(768, 64, 32, 64, Compiler(8, 3), 32, 32, 512), _HALF_80.rows[-1]),
+)
+_HALF_90 = Tiles(
+    (
+        Sizes(768, 128, 64, 64, Compiler(8, 1)),
+        Sizes(1024, 64, 32, 64, Compiler(8, 1)),
+        Sizes(0, 128, 64, 64, Compiler(8, 3)),
+    ),
+    (
+        Gradient(768, 128, 32, 64, Compiler(8, 2), 32, 64, 512),
+        Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 64, 512),
+    ),
+    Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 64, 512),
+)
+_HALF_100 = Tiles(
+    (Sizes(768, 128, 32, 64, Compiler(8, 1)), Sizes(0, 128, 64, 64, Compiler(8, 3))),
+    (Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 64, 512),),
+    Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 64, 512),
+)
+_SINGLE_80 = Tiles(
+    (Sizes(256, 64, 16, 32, Compiler(8, 1)), Sizes(0, 64, 32, 32, Compiler(8, 2))),
+    (Gradient(0, 32, 32, 32, Compiler(8, 2), 32, 32, 256),),
+    Gradient(0, 32, 32, 32, Compiler(8, 2), 32, 32, 256),
+)
+_SINGLE_90 = Tiles(
+    (Sizes(256, 64, 32, 16, Compiler(8, 1)), Sizes(0, 64, 32, 16, Compiler(8, 2))),
+    (Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256),),
+    Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256),
+)
+_SINGLE_100 = Tiles(
+    (Sizes(0, 64, 32, 16, Compiler(8, 2)),),
+    (Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256),),
+    Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256),
+)
+_DOUBLE = Tiles(
+    (Sizes(0, 32, 32, 16, Compiler(8, 2)),),
+    (Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 128),),
+    Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 128),
+)
 # (compute capability major, dtype of the rows) → tiles.
 TILES = {
-    (8, torch.bfloat16): Tiles(128, 64, 64, 32, 64, 512, Compiler(8, 3)),
-    (8, torch.float16): Tiles(128, 64, 64, 32, 64, 512, Compiler(8, 3)),
-    (8, torch.float32): Tiles(64, 32, 32, 32, 32, 256, Compiler(8, 2)),
-    (8, torch.float64): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
-    (9, torch.bfloat16): Tiles(128, 128, 64, 64, 64, 512, Compiler(8, 3)),
-    (9, torch.float16): Tiles(128, 64, 64, 64, 64, 512, Compiler(8, 3)),
-    (9, torch.float32): Tiles(64, 32, 32, 16, 32, 256, Compiler(8, 2)),
-    (9, torch.float64): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
-    (10, torch.bfloat16): Tiles(128, 64, 64, 64, 64, 512, Compiler(8, 3)),
-    (10, torch.float16): Tiles(128, 64, 64, 64, 64, 512, Compiler(8, 3)),
-    (10, torch.float32): Tiles(64, 32, 32, 16, 32, 256, Compiler(8, 2)),
-    (10, torch.float64): Tiles(32, 32, 32, 16, 32, 128, Compiler(8, 2)),
+    (8, torch.bfloat16): _HALF_80,
+    (8, torch.float16): _FP16_80,
+    (8, torch.float32): _SINGLE_80,
+    (8, torch.float64): _DOUBLE,
+    (9, torch.bfloat16): _HALF_90,
+    (9, torch.float16): _HALF_90,
+    (9, torch.float32): _SINGLE_90,
+    (9, torch.float64): _DOUBLE,
+    (10, torch.bfloat16): _HALF_100,
+    (10, torch.float16): _HALF_100,
+    (10, torch.float32): _SINGLE_100,
+    (10, torch.float64): _DOUBLE,
 }
 # Programs among which the tiles of a gradient are shared out: each has room for the coefficients of
 # one chunk, so this bounds their memory.
 WORKERS = 512
 # Small enough for a test of a few rows to cross the borders of tiles and chunks.
-INTERPRETER_TILES = Tiles(32, 32, 32, 32, 32, 64, Compiler(4, 1))
+INTERPRETER_TILES = Tiles(
+    (Sizes(96, 32, 32, 32, Compiler(4, 1)),),
+    (Gradient(96, 32, 32, 32, Compiler(4, 1), 32, 32, 64),),
+    Gradient(0, 32, 32, 32, Compiler(4, 1), 32, 32, 64),
+)
 
 _forced: Tiles | None = None
 

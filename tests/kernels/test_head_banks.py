@@ -1,15 +1,20 @@
 """Values of the heads and their gradients at the rows."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from fino_fast.kernels.tiles import TILES, forced
+from fino_fast.kernels.launch import Launch, intercepted
+from fino_fast.kernels.operands import MOST_WORDS
+from fino_fast.kernels.table import FIELDS
+from fino_fast.kernels.tiles import INTERPRETER_TILES, TILES, forced
 from kernel_case import (
     TOLERANCE,
     check_heads,
     head_call,
     inverse,
+    names,
     random,
     run_heads,
 )
@@ -33,7 +38,10 @@ def test_every_kind_in_one_table(dtype: torch.dtype, device: torch.device) -> No
     check_heads(heads_of_every_kind(37, 40, 45, dtype), device)
 
 
-@pytest.mark.parametrize(("n", "depth", "classes"), [(1, 1, 1), (5, 33, 1), (3, 2, 40)])
+@pytest.mark.parametrize(
+    ("n", "depth", "classes"),
+    [(1, 1, 1), (5, 33, 1), (3, 2, 40), (2, INTERPRETER_TILES.sweeps[-1].holds + 1, 3)],
+)
 def test_odd_shapes(n: int, depth: int, classes: int, device: torch.device) -> None:
     check_heads(heads_of_every_kind(n, depth, classes, torch.float64), device)
 
@@ -145,6 +153,34 @@ def test_a_bank_split_among_programs(device: torch.device) -> None:
         head_call("tanh", 3, 5, 40, torch.float64, seed=13),
     ]
     check_heads(calls, device)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 16])
+def test_banks_of_a_space_split_among_programs_as_one(
+    programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares that begin and end inside banks, that hold many of them, and that are one tile."""
+    monkeypatch.setattr("fino_fast.kernels.forward.WANTED_PROGRAMS", programs)
+    calls = heads_of_every_kind(7, 5, 150, torch.float64)
+    calls.insert(1, head_call("linear", 7, 3, 70, torch.float64, seed=11, label_smoothing=0.25))
+    check_heads(calls, device)
+
+
+def test_more_heads_than_one_launch_can_describe(device: torch.device) -> None:
+    """Another launch of `operands`, and of nothing else."""
+    most = MOST_WORDS // FIELDS.value
+    assert f"{most} banks" in (Path(__file__).parents[2] / "docs" / "gpu.md").read_text("utf-8")
+    first = head_call("tanh", 2, 3, 1, torch.float64)
+    calls = [
+        replace(head_call("tanh", 2, 3, 1, torch.float64, seed=f), x=first.x)
+        for f in range(most + 1)
+    ]
+    seen: list[Launch] = []
+    # Not run: what a table of two launches holds is tested in test_operands.
+    with intercepted(seen.append):
+        run_heads(calls, device)
+    forward, backward = ["sweep", "rows"], ["rows", "banks", "combine"]
+    assert names(seen) == [*["operands"] * 2, *forward, *["operands"] * 2, *backward]
 
 
 def test_tiles_of_a_gpu(device: torch.device) -> None:

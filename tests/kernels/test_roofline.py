@@ -21,12 +21,13 @@ from fino_fast.kernels.roofline import (
     copied,
     gradient_sweep,
     rows_read,
-    sweep,
+    swept,
     table,
     values_read,
 )
 from fino_fast.kernels.tiles import INTERPRETER_TILES as TILES
 from kernel_case import head_call, random, run_heads
+from test_head_banks import heads_of_every_kind
 
 from fino_fast.terms import ContrastiveCall, Kind, Step
 from fino_fast.triton import Triton
@@ -35,7 +36,8 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="counts the interpreter's own operations"
 )
-N, M, DEPTH, TILE = 64, 96, 96, (TILES.rows, TILES.columns)
+N, M, DEPTH = 64, 96, 96
+SWEEP, ROWS, BANKS = TILES.sweeps[0], TILES.rows[0], TILES.banks
 
 
 @dataclass
@@ -44,6 +46,8 @@ class Counted:
 
     flops: dict[str, int] = field(default_factory=dict)
     moved: dict[str, int] = field(default_factory=dict)  # bytes loaded and stored
+    watched: list[torch.Tensor] = field(default_factory=list)
+    read: dict[str, list[int]] = field(default_factory=dict)  # bytes loaded from those
     kernel: str = ""
 
     def check(self, kernel: str, expected: Cost) -> None:
@@ -69,7 +73,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
         return dot(self, a, b, *rest)
 
     def count_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        add(counts.moved, mask.data.sum() * pointers.get_element_ty().primitive_bitwidth // 8)
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        add(counts.moved, mask.data.sum() * size)
+        read = counts.read.setdefault(counts.kernel, [0] * len(counts.watched))
+        for i, tensor in enumerate(counts.watched):
+            offset = pointers.data.astype("int64") - tensor.data_ptr()
+            read[i] += int((mask.data & (offset >= 0) & (offset < tensor.nbytes)).sum()) * size
         return load(self, pointers, mask, *rest)
 
     def count_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
@@ -95,8 +104,8 @@ def test_contrastive(counted: Counted, device: torch.device) -> None:
     assert loss is not None
     counted.check("operands_kernel", rows_read(N * DEPTH, 4) + copied(N * DEPTH, (4, 4)))
     loss.backward()
-    counted.check("sweep_kernel", sweep(N, N, DEPTH, TILE, 4, TILES.depth))
-    counted.check("rows_kernel", gradient_sweep(N, N, DEPTH, TILE, 4, TILES, written=4))
+    counted.check("sweep_kernel", swept(N, N, DEPTH, 4, SWEEP))
+    counted.check("rows_kernel", gradient_sweep(N, N, DEPTH, 4, ROWS, written=4))
     counted.check("combine_kernel", combined(N * DEPTH, 1, 4, 4))
 
 
@@ -105,21 +114,48 @@ def test_contrastive(counted: Counted, device: torch.device) -> None:
 def test_heads(kind: Kind, dtype: torch.dtype, counted: Counted, device: torch.device) -> None:
     call = head_call(kind, N, DEPTH, M, dtype)
     run_heads([call], device)
-    size, parts = dtype.itemsize, N // TILES.rows
+    size, parts = dtype.itemsize, N // BANKS.rows
     if kind == "prototype":
         conversion = copied(M * DEPTH, (4, size)) + rows_read(N * DEPTH, size)
         counted.check("operands_kernel", conversion)
     elif dtype != torch.float32:
         # In both passes; an fp32 bank is read as it is by fp32 rows.
         counted.check("operands_kernel", copied(2 * M * DEPTH, (4, size)))
-    counted.check("sweep_kernel", sweep(N, M, DEPTH, TILE, size, TILES.depth))
-    counted.check("rows_kernel", gradient_sweep(N, M, DEPTH, TILE, size, TILES, written=4))
+    counted.check("sweep_kernel", swept(N, M, DEPTH, size, SWEEP))
+    counted.check("rows_kernel", gradient_sweep(N, M, DEPTH, size, ROWS, written=4))
     combine = combined(N * DEPTH, 1, 4, size)
     if kind == "linear":
-        back = gradient_sweep(M, N, DEPTH, TILE, size, TILES, written=4, parts=parts)
+        back = gradient_sweep(M, N, DEPTH, size, BANKS, written=4, parts=parts)
         counted.check("banks_kernel", back)
         combine += combined(M * DEPTH, parts, 4, 4)
     counted.check("combine_kernel", combine)
+
+
+@pytest.mark.parametrize("width", [SWEEP.holds, SWEEP.holds + 16])
+def test_rows_are_read_once_for_all_banks_on_them(
+    width: int, counted: Counted, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """In a sweep once for every share of the banks; wider ones once for every tile of a bank."""
+    calls = heads_of_every_kind(N, width, M, torch.float32)
+    alone = head_call("linear", N, 32, M, torch.float32, seed=50)
+    x = calls[0].x
+    tiles = sum(triton.cdiv(len(call.bank), SWEEP.columns) for call in calls)
+    calls.insert(2, alone)  # the banks on the same rows are not neighbours
+    counted.watched = [x, alone.x]
+    for shares in (1, 3):
+        monkeypatch.setattr(
+            "fino_fast.kernels.forward.WANTED_PROGRAMS", shares * triton.cdiv(N, SWEEP.rows)
+        )
+        counted.read.clear()
+        run_heads(calls, device)
+        held = width <= SWEEP.holds
+        expected = [(shares if held else tiles) * x.nbytes, shares * alone.x.nbytes]
+        assert counted.read["sweep_kernel"] == expected
+        # For the prototypes in the forward pass, for all others in the backward pass; and what is
+        # along the rows, which unit rows of prototypes take off.
+        along = int((calls[1].target >= 0).sum()) * width * x.itemsize
+        expected = [(2 if held else tiles) * x.nbytes + along, alone.x.nbytes]
+        assert counted.read["rows_kernel"] == expected
 
 
 def test_overlap(counted: Counted, device: torch.device) -> None:
@@ -129,12 +165,12 @@ def test_overlap(counted: Counted, device: torch.device) -> None:
     bank = Bank(OVERLAP.value, 0, u, m, one, zeros, one / N, none, 0.0, 1.0, one)
     lse = forward([bank], [-1], False).lse[0]
     backward([bank], [Upstream(one, lse, lse, True)], [u], [], False)
-    parts = N // TILES.rows
+    parts = N // BANKS.rows
     counted.check("operands_kernel", copied(2 * N * DEPTH, (4, 4)))
     zeros_read = values_read(N * M, 4)
-    at_rows = gradient_sweep(N, M, DEPTH, TILE, 4, TILES, written=4)
-    at_bank = gradient_sweep(M, N, DEPTH, TILE, 4, TILES, written=4, parts=parts)
-    counted.check("sweep_kernel", sweep(N, M, DEPTH, TILE, 4, TILES.depth) + zeros_read)
+    at_rows = gradient_sweep(N, M, DEPTH, 4, ROWS, written=4)
+    at_bank = gradient_sweep(M, N, DEPTH, 4, BANKS, written=4, parts=parts)
+    counted.check("sweep_kernel", swept(N, M, DEPTH, 4, SWEEP) + zeros_read)
     counted.check("rows_kernel", at_rows + zeros_read)
     counted.check("banks_kernel", at_bank + zeros_read)
     counted.check("combine_kernel", combined(N * DEPTH, 1, 4, 4) + combined(M * DEPTH, parts, 4, 4))

@@ -35,9 +35,9 @@ def read_kernel(table, entries, program, group, classes, weight, first):
 
 def descriptor(x: torch.Tensor, weight: float, group: int, first_program: int) -> Descriptor:
     return Descriptor(
-        kind=0, x=x, x_stride=16, depth=16, norms=x, bank=x, bank_stride=16, classes=2**30 + 1,
-        offset=x, target=x, target_stride=2, counts=x, smoothing=0.0, inv_count=x, weight=weight,
-        group=group, first_program=first_program,
+        number=0, space=0, kind=0, x=x, x_stride=16, depth=16, norms=x, bank=x, bank_stride=16,
+        classes=2**30 + 1, offset=x, target=x, target_stride=2, counts=x, smoothing=0.0,
+        inv_count=x, weight=weight, group=group, first_program=first_program,
     )  # fmt: skip
 
 

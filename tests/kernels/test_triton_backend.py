@@ -263,7 +263,9 @@ def test_memory_of_a_million_classes_and_65536_rows() -> None:
     pairs = contrastive_bank(x, x, one, 2, 0, False)
     tiles = TILES[9, torch.bfloat16]
     copies = 2 * classes * depth  # a bank in the dtype of the rows
-    room = WORKERS * tiles.rows * (2 * tiles.chunk + 4 * depth)
+    room = max(
+        WORKERS * sizes.rows * (2 * sizes.chunk + 4 * depth) for sizes in (*tiles.rows, tiles.banks)
+    )
     sums = 4 * 20 * n * MAX_SPLITS + 4 * (n + classes)
 
     def launch(launch: Launch) -> None:
@@ -339,5 +341,5 @@ def test_gradients_beyond_31_bits(device: torch.device) -> None:
     assert banks.arguments["items"] + banks.arguments["workers"] < 2**31
     assert described(operands, 1, "share")[0] * described(operands, 1, "parts")[0] < 2**31
     assert banks.arguments["scratch_size"] < 2**31
-    tile = TILES[9, torch.bfloat16]
+    tile = TILES[9, torch.bfloat16].rows[0]
     assert tile.rows * classes < 2**31  # the largest offset inside a tile of values
