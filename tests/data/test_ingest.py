@@ -3,8 +3,10 @@
 import json
 import os
 import subprocess
+import sys
 import tarfile
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +303,53 @@ def test_bad_images_are_rejected_with_their_code_and_their_neighbours_kept(lab: 
     assert set(shards.ids) == {row["id"] for row in lab.rows} - set(codes)
     assert report.manifest.planned == report.manifest.samples + len(codes)
     assert verify(lab.out) == []
+
+
+_opened: list[str] | None = None
+
+
+def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: there for the rest of the process, and deaf but for one test."""
+    if _opened is not None and event == "open" and isinstance(arguments[0], str):
+        path, flags = Path(arguments[0]), arguments[2]
+        followed = path.parent.resolve() / path.name if flags & os.O_NOFOLLOW else path.resolve()
+        _opened.append(str(followed))
+
+
+def test_nothing_outside_images_and_output_is_opened_or_changed(lab: Lab) -> None:
+    """Also where a link takes the place of a planned image after it was looked at."""
+
+    class Swapping(Serial):
+        def run(self, function: Any, tasks: Any) -> Any:
+            for name, target in (("0003.png", "secret.png"), ("0005.png", "elsewhere")):
+                if tasks:  # the first time it runs what earlier ingests left
+                    (lab.images / name).unlink()
+                    (lab.images / name).symlink_to(lab.root / target)
+            return super().run(function, tasks)
+
+    global _opened
+    sys.addaudithook(_note_opened)
+    codes = damage(lab)
+    outside = lab.root / "elsewhere"
+    outside.mkdir()
+    (outside / "own.txt").write_text("own")
+    lab.save()
+    before = {path: path.stat() for path in lab.root.rglob("*") if not path.is_symlink()}
+    _opened = []
+    try:
+        report = ingest(lab.request(max_reject=Allowance(count=len(codes) + 2)), Swapping())
+    finally:
+        opened, _opened = _opened, None
+    assert report.rejects == Counter([*codes.values(), "path_escape", "path_escape"])
+    assert str(lab.images / "0001.png") in opened  # the hook does hear
+    allowed = [str(folder.resolve()) for folder in (lab.images, lab.out)]
+    strays = {path for path in opened if path.startswith(str(lab.root.resolve()))}
+    strays -= {path for path in strays if path.startswith((*allowed, str(lab.table.resolve())))}
+    assert not strays
+    for path, state in before.items():
+        if path not in (lab.images, lab.root, lab.images / "0003.png", lab.images / "0005.png"):
+            now = path.stat()
+            assert (now.st_mtime_ns, now.st_size) == (state.st_mtime_ns, state.st_size)
 
 
 def test_more_rejects_than_allowed_leave_the_set_unsealed(lab: Lab) -> None:
