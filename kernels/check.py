@@ -122,7 +122,7 @@ def faults(dtype: str, launch: Launch, result: Compiled) -> list[str]:
 def table(results: list[tuple[str, Launch, Compiled]]) -> str:
     """The results as Markdown, all widths and compile-time variants of a kernel as one row.
 
-    But those that hold rows, and of these those of different tiles, apart from those that do not.
+    Tiles that hold rows of different widths, or none, stand apart.
     """
     rows: dict[tuple[str, str, int, int], list[Compiled]] = {}
     for dtype, launch, result in results:

@@ -16,6 +16,7 @@ from fino_fast.kernels.table import (
     WEIGHT,
     Descriptor,
     X,
+    entries_of,
     find,
     integer,
     number,
@@ -58,6 +59,31 @@ def test_what_was_written_is_read(program: int, entry: int, device: torch.device
     assert classes.item() == 2**30 + 1
     assert weight.item() == pytest.approx(weights[entry], rel=1e-15)
     assert first.item() == x[entry].item()
+
+
+@triton.jit
+def neighbours_kernel(table, entries, group, program, first, last, index):
+    begin, end = entries_of(table, entries, FIELDS, GROUP, group)
+    tl.store(first, begin)
+    tl.store(last, end)
+    tl.store(index, find(table, entries, FIELDS, FIRST_PROGRAM, program))
+
+
+@pytest.mark.parametrize(
+    ("group", "first", "last"), [(-1, 0, 3), (0, 3, 130), (1, 130, 131), (2, 131, 300)]
+)
+def test_neighbours_in_a_table_longer_than_one_look(
+    group: int, first: int, last: int, device: torch.device
+) -> None:
+    """Looked through 128 entries at a time; of those that begin with one program, the last."""
+    x = torch.ones(1, device=device)
+    groups = [-1] * 3 + [0] * 127 + [1] + [2] * 169
+    table = [descriptor(x, 1.0, number, 5 * (number + 1)) for number in groups]
+    address = Operands([], x).launch(words(table))
+    found = torch.empty(3, dtype=torch.int32, device=device)
+    program = 5 * (group + 1) + 4
+    neighbours_kernel[(1,)](address, len(table), group, program, found, found[1:], found[2:])
+    assert found.tolist() == [first, last, last - 1]
 
 
 def test_names_stand_in_the_order_of_the_fields() -> None:
