@@ -6,6 +6,9 @@ when that command is called, so `fino-fast ingest` needs neither torch nor timm.
 """
 
 import importlib
+import os
+import select
+import signal
 import sys
 from typing import Protocol, cast
 
@@ -54,7 +57,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fino-fast: error: unknown command {name!r}\n\n{overview()}", file=sys.stderr)
         return 1
     try:
-        return parse(name, rest).run()
+        code = parse(name, rest).run()
+        sys.stdout.flush()  # while it can still be noticed that nobody reads it any more
+        return code
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        # What is still buffered would fail once more at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except FinoError as error:
         print(f"fino-fast {name}: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -64,6 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nfino-fast {name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is our output's pipe that broke (`| head` has seen enough), and not a connection
+    to somewhere else."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def parse(name: str, args: list[str]) -> Command:

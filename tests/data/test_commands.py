@@ -1,7 +1,9 @@
 """The commands as a person meets them: on a terminal, and with options left out."""
 
+import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -9,6 +11,8 @@ import termios
 import pytest
 
 from fino_fast.cli import main
+from fino_fast.data import ShardSet
+from fino_fast.data.commands import Verify
 from fino_fast.data.declaration import Declaration
 
 from .labs import Lab
@@ -85,3 +89,32 @@ def test_a_name_outside_the_vocabulary_that_comes_later(
     assert code == 0
     assert "'camera': taken as missing, outside the vocabulary: 'cam 9' (1×)" in told.out
     assert shards.encoded("camera")[list(shards.ids).index("new")] == -1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_went_away_ends_a_command_without_a_word(
+    sealed: ShardSet, unbuffered: str
+) -> None:
+    """`fino-fast inspect shards | head`: the pipe is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "fino_fast.cli", "verify", str(sealed.folder)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_another_broken_pipe_is_not_taken_for_the_reader(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(_: Verify) -> int:
+        raise BrokenPipeError(errno.EPIPE, "a server hung up")
+
+    monkeypatch.setattr(Verify, "run", lost)
+    with pytest.raises(BrokenPipeError, match="a server hung up"):
+        main(["verify", "shards"])
