@@ -361,7 +361,7 @@ def test_a_lease_is_waited_for_and_a_dead_one_taken_over(
     store: Remote, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(locks, "RENEWAL", 0.1)
-    monkeypatch.setattr(locks, "LEASE", 0.5)
+    monkeypatch.setattr(locks, "LEASE", 2.0)  # longer than a busy machine may forget a thread
     lock = store / LOCK
     order = []
 
