@@ -268,7 +268,7 @@ class ShardSet:
             if len(self._files) > _OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
         try:
-            return os.pread(descriptor, size, offset)
+            return _read_whole(descriptor, size, offset)
         finally:
             os.close(descriptor)
 
@@ -308,6 +308,22 @@ class ShardSet:
         if len(column) != len(self):
             raise DataError(f"{path}: is damaged: {len(column)} rows for {len(self)} samples")
         return column
+
+
+def _read_whole(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes, or as many as there are; a single call gives 2 GiB at most.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    data = os.pread(descriptor, size, offset)
+    if len(data) == size:
+        return data
+    parts, have = [data], len(data)
+    while parts[-1] and have < size:
+        parts.append(os.pread(descriptor, size - have, offset + have))
+        have += len(parts[-1])
+    return b"".join(parts)
 
 
 def check_file(folder: Location, sealed: SealedFile) -> None:

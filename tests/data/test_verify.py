@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fino_fast.data import Loader, ShardSet, Views
 from fino_fast.data.index import place_of
+from fino_fast.data.shardset import DamagedSample
 from fino_fast.data.tar import BLOCK
 from fino_fast.data.verify import verify
 from fino_fast.errors import DataError, FinoError
@@ -178,6 +179,20 @@ SMALL_FILES = [
     "metadata-0000.npy",
     "samples-0000.parquet",
 ]
+
+
+def test_a_sample_that_takes_several_reads(
+    lab: Lab, shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux gives 2 GiB a call; here it is 100 bytes. What ends early is damaged all the same."""
+    shards = lab.open()
+    whole = [shards.read(row) for row in range(len(shards))]
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 100), at))
+    assert [shards.read(row) for row in range(len(shards))] == whole
+    os.truncate(shard, 600)
+    with pytest.raises(DamagedSample, match="are not those that were sealed"):
+        shards.read(int((shards.index["shard"] == 1).argmax()))
 
 
 @settings(max_examples=60, deadline=None)
