@@ -120,6 +120,14 @@ def test_patient_attributes_enter_when_they_are_listed(clinic: Lab) -> None:
     assert "MRN-4711" not in everything(clinic.out)
 
 
+@pytest.mark.parametrize("characters", ["ISO_IR 100", "ISO_IR 192"])
+def test_names_of_every_character_set(clinic: Lab, characters: str) -> None:
+    names = {"SpecificCharacterSet": characters, "ManufacturerModelName": "Gerät Ü 5"}
+    write_slice(clinic.images / "0.dcm", 0, **names)
+    clinic.ingest()
+    assert told(clinic.open(), "scanner")["s0"] == "Gerät Ü 5"
+
+
 def test_files_without_the_attribute_are_missing(clinic: Lab) -> None:
     (clinic.images / "photo.png").write_bytes(png(pixels(9)))
     clinic.rows.append({"id": "photo", "file": "photo.png", "ward": "A"})
