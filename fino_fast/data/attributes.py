@@ -106,11 +106,13 @@ class Attributes:
         if not self._wanted:
             return table
         paths = table[self._path_column].cast(pa.string()).to_pylist()
-        if isinstance(self._root, Root):
-            read = [self._read(path) for path in paths]
-        else:
-            with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="fino-header") as pool:
-                read = list(pool.map(self._read, paths))
+        # Its warnings would print what a header holds, of patients too, into logs.
+        with import_pydicom().config.disable_value_validation():
+            if isinstance(self._root, Root):
+                read = [self._read(path) for path in paths]
+            else:
+                with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="fino-header") as pool:
+                    read = list(pool.map(self._read, paths))
         self._note(paths, [finding for finding, _ in read])
         for i, attribute in enumerate(self._wanted):
             cells = pa.array([row[i] for _, row in read], pa.string())

@@ -41,23 +41,29 @@ def prepare_dicom(data: bytes, limits: ImagesDeclaration) -> Stored:
     """
     pydicom = import_pydicom()
     try:
-        dataset = pydicom.dcmread(io.BytesIO(data))
-        if "SamplesPerPixel" not in dataset:
-            raise ImageRejected("no_pixels", "a DICOM object that is no image")
-        frames = int(dataset.get("NumberOfFrames", 1) or 1)
-        samples, allocated = int(dataset.SamplesPerPixel), int(dataset.BitsAllocated)
-        height, width = int(dataset.Rows), int(dataset.Columns)
-        if frames != 1:
-            raise ImageRejected("multi_page", f"{frames} frames; export the one that you mean")
-        check_size(height, width, samples, max(allocated // 8, 1), len(data), limits)
-        _check_decoder(pydicom, dataset.file_meta.TransferSyntaxUID)
-        return converted(_pixels(pydicom, dataset), "YXS" if samples > 1 else "YX")
+        # Its warnings would print what a header holds, of patients too, into logs.
+        with pydicom.config.disable_value_validation():
+            return _prepare(pydicom, data, limits)
     except (ImageRejected, FinoError):
         raise
     except Exception as error:
         # On damaged files pydicom and its decoders raise whatever their parsing ran into.
         detail = f"{type(error).__name__}: {error}"
         raise ImageRejected("decode_failed", detail) from error
+
+
+def _prepare(pydicom: Any, data: bytes, limits: ImagesDeclaration) -> Stored:
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    if "SamplesPerPixel" not in dataset:
+        raise ImageRejected("no_pixels", "a DICOM object that is no image")
+    frames = int(dataset.get("NumberOfFrames", 1) or 1)
+    samples, allocated = int(dataset.SamplesPerPixel), int(dataset.BitsAllocated)
+    height, width = int(dataset.Rows), int(dataset.Columns)
+    if frames != 1:
+        raise ImageRejected("multi_page", f"{frames} frames; export the one that you mean")
+    check_size(height, width, samples, max(allocated // 8, 1), len(data), limits)
+    _check_decoder(pydicom, dataset.file_meta.TransferSyntaxUID)
+    return converted(_pixels(pydicom, dataset), "YXS" if samples > 1 else "YX")
 
 
 def _check_decoder(pydicom: Any, syntax: Any) -> None:

@@ -111,6 +111,19 @@ def test_what_is_not_listed_is_nowhere_in_the_set(clinic: Lab) -> None:
         assert secret not in found
 
 
+def test_no_warning_prints_what_a_header_holds(
+    clinic: Lab, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """pydicom warns of values that break its rules, and quotes them."""
+    path = clinic.images / "2.dcm"
+    syntax = b"1.2.840.10008.1.2.1\0"
+    path.write_bytes(path.read_bytes().replace(syntax, b"Jane Doe".ljust(len(syntax), b"\0")))
+    recwarn.clear()
+    clinic.ingest(max_reject=ingest.Allowance(count=1))
+    assert not [warning for warning in recwarn if "Jane" in str(warning.message)]
+    assert "Jane" not in caplog.text
+
+
 def test_patient_attributes_enter_when_they_are_listed(clinic: Lab) -> None:
     clinic.schema["factors"] = {
         "sex": {"kind": "categorical", "role": "suppress", "column": "dicom:PatientSex"}
