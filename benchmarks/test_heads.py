@@ -52,8 +52,8 @@ def _linear(benchmark: Any, rows: int, dim: int, classes: int, dtype: torch.dtyp
         exact = gradients(dense(*wide), wide)
     else:  # gigabytes even in fp32: the peer is the measure
         exact = [tensor.double() for tensor in gradients(chunked(*leaves), leaves)]
-    # Near its bar, and too slow for more than two rounds in the usual time; the dense peers take seconds
-    # in bf16.
+    # Near its bar, and too slow for more than two rounds in the usual time; the dense peers take
+    # seconds in bf16.
     budget = 20.0 if classes != 10_000 else 60.0 if dtype == torch.float32 else 100.0
     measure(benchmark, steps, flops=3 * 2 * rows * classes * dim, exact=exact, budget=budget)
 
