@@ -149,7 +149,7 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 # that is left without a last shard must count.
 STORES = {
     "png": lambda: small_files("png", 2 * 2624),
-    "jpg": lambda: small_files("jpg", 4 * 2624),
+    "jpg": lambda: small_files("jpg", 12 * 2624),
     "tile-png": lambda: tiles("png", 96),
     "tile-jpg": lambda: tiles("jpg", 1536),
 }

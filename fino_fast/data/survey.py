@@ -18,6 +18,9 @@ _THREADS = 16
 _CHUNK = 4096
 _SLOW = 50e-6  # seconds a look-up; a local disk takes about 6 µs
 
+Columns = tuple[list[Any], list[Any], list[Any], list[Any]]
+"""The fields of `Finding`, a list each."""
+
 
 def surveyed(images: Location, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """The tables with `size`, `mtime_ns`, and `code` and `detail` of what cannot be taken, put
@@ -32,8 +35,14 @@ def surveyed(images: Location, tables: Iterator[pa.Table]) -> Iterator[pa.Table]
     """
     root = open_root(images)
 
-    def look(paths: list[str]) -> list[Finding]:
-        return [_find(root, path) for path in paths]
+    def look(paths: list[str]) -> Columns:
+        # Four lists, not a tuple a file: so many would set the garbage collector off, again and
+        # again, for a third of the time.
+        columns: Columns = ([], [], [], [])
+        for path in paths:
+            for column, value in zip(columns, _find(root, path), strict=True):
+                column.append(value)
+        return columns
 
     latency = 0.0
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -45,19 +54,18 @@ def surveyed(images: Location, tables: Iterator[pa.Table]) -> Iterator[pa.Table]
                 found = look(parts[0])
                 latency = max(latency, (time.perf_counter() - begun) / len(parts[0]))
                 # Threads hide the latency of a network; on a local disk they wait for each other.
-                rest = (pool.map if latency > _SLOW else map)(look, parts[1:])
-                found += [finding for part in rest for finding in part]
+                for part in (pool.map if latency > _SLOW else map)(look, parts[1:]):
+                    for column, values in zip(found, part, strict=True):
+                        column += values
             except OSError as error:
                 raise DataError(f"{images}: cannot be listed: {error.strerror}") from error
             if LOOKED in table.column_names:
-                before = [Finding(**each) for each in table[LOOKED].to_pylist()]
-                found = [_unchanged(*pair) for pair in zip(before, found, strict=True)]
+                found = _compared(table[LOOKED], found)
                 table = table.drop_columns(LOOKED)
-            columns: list[tuple[Any, ...]] = list(zip(*found, strict=True))
             types = (pa.int64(), pa.int64(), pa.string(), pa.string())
             place = table.column_names.index("split") + 1
             for name, values, type_ in zip(
-                ("size", "mtime_ns", "code", "detail"), columns, types, strict=True
+                ("size", "mtime_ns", "code", "detail"), found, types, strict=True
             ):
                 table = table.add_column(place, name, pa.array(values, type_))
                 place += 1
@@ -70,6 +78,15 @@ def _find(root: Root | RemoteRoot, path: str) -> Finding:
     except ImageRejected as rejection:
         return Finding(0, 0, rejection.code, rejection.detail)
     return Finding(source.size, source.mtime_ns)
+
+
+def _compared(looked: pa.ChunkedArray, found: Columns) -> Columns:
+    """What is found now, where it is what was found when headers were read."""
+    before = (Finding(**each) for each in looked.to_pylist())
+    now = map(Finding, *found)
+    findings = [_unchanged(*pair) for pair in zip(before, now, strict=True)]
+    sizes, times, codes, details = (list(column) for column in zip(*findings, strict=True))
+    return sizes, times, codes, details
 
 
 def _unchanged(before: Finding, now: Finding) -> Finding:
