@@ -224,6 +224,15 @@ def break_off(batches: Iterator[Batch], early: bool) -> None:
     time.sleep(10)  # a signal of another thread may arrive behind the last batch
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own answer to SIGINT, which a job in the background starts without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("place", ["finishing", "scheduled", "resetting"])
 def test_the_epoch_after_ctrl_c_is_right(
     sealed: ShardSet, monkeypatch: pytest.MonkeyPatch, place: str
