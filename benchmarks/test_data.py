@@ -478,11 +478,18 @@ def test_first_batch(benchmark: Any, tmp_path: Path) -> None:
     benchmark.pedantic(
         lambda: runs.append(run_script("first_batch.py", million)), rounds=ROUNDS, warmup_rounds=1
     )
-    small, large = runs[-1], run_script("first_batch.py", ten)
+    large_runs = [run_script("first_batch.py", ten) for _ in range(ROUNDS)]
+    small, large = runs[-1], large_runs[-1]
     assert (small["images"], small["samples"]) == (BATCH, 9 * 10**5)
     assert (large["images"], large["samples"]) == (BATCH, 9 * 10**6)
+
+    def least(runs: list[dict[str, Any]], kind: str) -> int:
+        # What threads leave with the allocator differs by megabytes from process to process.
+        return min(run[kind] for run in runs)
+
     bytes_a_sample = {
-        kind: (large[kind] - small[kind]) / (10**7 - 10**6) for kind in ("resident", "own")
+        kind: (least(large_runs, kind) - least(runs, kind)) / (10**7 - 10**6)
+        for kind in ("resident", "own")
     }
     assert bytes_a_sample["resident"] <= 32
     assert bytes_a_sample["own"] <= 1
