@@ -31,9 +31,10 @@ struct Positives {
   double along;    // Σ_i ⟨g_i, x_i⟩ of the finished g, before the way back through the unit length
 };
 
-// What the other views of an image add to its rows, which stand one view after another. g as above
-// becomes, in place, factor · the gradient of Σ_i (lse_i / scale − mean cosine of i's positives) at the
-// rows before they were made unit [views·images, d]; null: not wanted.
+// What the other views of an image add to its rows. `unit` [views·images, d] holds one view after
+// another, `norms` [views·images] the lengths before. g as above becomes, in place, factor · the gradient
+// of Σ_i (lse_i / scale − mean cosine of i's positives) at the rows before they were made unit
+// [views·images, d]; null: not wanted.
 template <typename T>
 Positives positives(Parallel parallel, const T* unit, const T* norms, int64_t views, int64_t images,
                     int64_t d, double factor, T* g);
