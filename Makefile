@@ -6,10 +6,13 @@ SEEDS  ?= 1
 DEVICE ?= cpu
 SECONDS ?= 600
 RESULTS := benchmarks/results
+CLAIMS  := $(patsubst benchmarks/test_%.py,%,$(filter-out %/test_gpu.py,$(wildcard benchmarks/test_*.py)))
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := -c requirements/constraints.txt
 
-.PHONY: setup demo test lint sanitize bench bench-cpu bench-cuda soak gpu-check clean
+.PHONY: setup demo test lint sanitize bench bench-cpu bench-cuda $(CLAIMS:%=bench-%) soak gpu-check clean
+# Benchmarks beside each other would measure each other.
+.NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -45,10 +48,13 @@ sanitize: setup
 # On a GPU: make bench DEVICE=cuda
 bench: bench-$(DEVICE)
 
-bench-cpu: setup
+bench-cpu: $(CLAIMS:%=bench-%)
+	$(BIN)/python benchmarks/report.py $(CLAIMS:%=$(RESULTS)/%.json)
+
+# A process for each file: the allocator gives back, or keeps, what earlier steps taught it to.
+$(CLAIMS:%=bench-%): bench-%: setup
 	mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest benchmarks -o timeout=0 --benchmark-only --benchmark-json=$(RESULTS)/benchmarks.json
-	$(BIN)/python benchmarks/report.py $(RESULTS)/benchmarks.json
+	$(BIN)/python -m pytest benchmarks/test_$*.py -o timeout=0 --benchmark-only --benchmark-json=$(RESULTS)/$*.json
 
 bench-cuda: setup
 	$(PIP) install -q $(LOCK) --no-build-isolation -e '.[bench-gpu]'

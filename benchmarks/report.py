@@ -1,6 +1,6 @@
 """From pytest-benchmark's JSON to a Markdown table, plots, and the README's copy of the table.
 
-python benchmarks/report.py benchmarks/results/benchmarks.json
+python benchmarks/report.py benchmarks/results/{contrastive,data,heads,loss,orthogonal}.json
 """
 
 import argparse
@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from contest import SIDE
 from data_plots import plot_data
 
 matplotlib.use("Agg")
@@ -23,19 +24,21 @@ MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
-    source: Path = parser.parse_args().json
-    runs = json.loads(source.read_text(encoding="utf-8"))
-    kernels = [run for run in runs["benchmarks"] if "gemm_share" in run["extra_info"]]
-    data = [run for run in runs["benchmarks"] if "images_per_second" in run["extra_info"]]
-    text = table(kernels) + "\n" + machine(runs) + "\n\n" + data_table(data)
-    source.with_suffix(".md").write_text(text, encoding="utf-8")
+    parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json wrote")
+    sources: list[Path] = parser.parse_args().json
+    folder = sources[0].parent
+    files = [json.loads(source.read_text(encoding="utf-8")) for source in sources]
+    runs = [run for file in files for run in file["benchmarks"]]
+    kernels = [run for run in runs if "gemm_share" in run["extra_info"]]
+    data = [run for run in runs if "images_per_second" in run["extra_info"]]
+    text = table(kernels) + "\n" + machine(files) + "\n\n" + data_table(data)
+    (folder / "benchmarks.md").write_text(text, encoding="utf-8")
     for group in sorted({run["name"].split("[")[0] for run in kernels}):
         members = [r for r in kernels if r["name"].split("[")[0] == group]
         for axis, value in (members[0]["params"] or {}).items():
             if isinstance(value, int):
-                plot(group.removeprefix("test_"), axis, members, source.parent)
-    plot_data(data, source.parent)
+                plot(group.removeprefix("test_"), axis, members, folder)
+    plot_data(data, folder)
     readme = README.read_text(encoding="utf-8")
     before, rest = readme.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
@@ -115,14 +118,19 @@ def figure(value: float | dict[str, float]) -> str:
     return f"{value:.4g}"
 
 
-def machine(runs: dict[str, Any]) -> str:
-    cpu = runs["machine_info"]["cpu"].get("brand_raw", platform.processor())
+def machine(files: list[dict[str, Any]]) -> str:
+    """What the figures were taken on and when, and how to read them."""
+    cpus = [file["machine_info"]["cpu"].get("brand_raw", platform.processor()) for file in files]
+    if len(set(cpus)) > 1:
+        raise SystemExit(f"results of different machines do not go into one table: {cpus}")
+    days = sorted({file["datetime"][:10] for file in files})
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     return (
-        f"{torch.get_num_threads()} threads of {cpu}, torch {torch.__version__}, "
-        f"{runs['datetime'][:10]}; fp32 where it does not say bf16. “× peer”: the peer's median "
-        f"time over ours, interleaved rounds, of each the half that ran beside the fastest "
-        f"matrix products. GEMM: share of the rate of these 2048² fp32 products, counting only "
-        f"what the algorithm has to multiply. Memory: resident peak of one step, results included."
+        f"{torch.get_num_threads()} threads of {cpus[0]}, torch {torch.__version__}, {when}; fp32 "
+        f"where it does not say bf16. “× peer”: the peer's median time over ours, interleaved "
+        f"rounds, of each the half that ran beside the fastest matrix products. GEMM: share of the "
+        f"rate of these {SIDE}² fp32 products, counting only what the algorithm has to multiply. "
+        f"Memory: resident peak of one step, results included."
     )
 
 
