@@ -347,7 +347,8 @@ def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if is_in_torch_dispatch_mode() or torch._C._autograd._get_current_graph_task_keep_graph():
         return (saved * factor).to(dtype)
-    return saved.mul_(factor).to(dtype)
+    # Mostly the loss is what `backward` was called on; a pass over the gradient is saved then.
+    return (saved if factor.item() == 1 else saved.mul_(factor)).to(dtype)
 
 
 def _contrastive_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
