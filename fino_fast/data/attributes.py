@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from fino_fast.errors import ConfigError, DataError
 
 from .declaration import ContinuousDeclaration, CyclicDeclaration, Declaration
-from .dicom import import_pydicom
+from .dicom import import_pydicom, parser_fault
 from .files import Location
 from .sources import Finding, Root, open_root
 from .stored import ImageRejected
@@ -167,8 +167,7 @@ class Attributes:
             raise DataError(f"{path}: its header cannot be read: {error.strerror}") from error
         except Exception as error:
             # On damaged files pydicom raises whatever its parsing ran into.
-            detail = f"DICOM: {type(error).__name__}: {error}"
-            return Finding(0, 0, "header_damaged", detail), nothing
+            return Finding(0, 0, "header_damaged", parser_fault(error, "header")), nothing
         return Finding(source.size, source.mtime_ns), cells
 
 

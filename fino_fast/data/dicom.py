@@ -1,7 +1,7 @@
 """DICOM in: the pixels of one frame, and nothing else of the file.
 
 No attribute is copied into a shard, so none that could name a patient is; `attributes` reads those
-that a schema lists.
+that a schema lists. What is rejected says so in our own words: pydicom's messages quote headers.
 """
 
 import importlib.util
@@ -16,6 +16,12 @@ from fino_fast.errors import FinoError, MissingExtraError
 from .declaration import ImagesDeclaration
 from .stored import ImageRejected, Stored, check_size
 from .tiff import converted
+
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+# Of every image, whatever its pixels are (PS3.3 C.7.6.3).
+_REQUIRED = ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")
+# Defined by PS3.3 C.7.6.3.1.2, without a meaning in grey or RGB here.
+_OTHER_COLOURS = ("PALETTE COLOR", "HSV", "ARGB", "CMYK", "XYB")
 
 
 def import_pydicom() -> Any:
@@ -40,30 +46,53 @@ def prepare_dicom(data: bytes, limits: ImagesDeclaration) -> Stored:
         MissingExtraError: pydicom is not installed.
     """
     pydicom = import_pydicom()
+    part = "header"
     try:
         # Its warnings would print what a header holds, of patients too, into logs.
         with pydicom.config.disable_value_validation():
-            return _prepare(pydicom, data, limits)
+            dataset = _checked(pydicom, data, limits)
+            part = "pixels"
+            axes = "YXS" if dataset.SamplesPerPixel > 1 else "YX"
+            return converted(_pixels(pydicom, dataset), axes)
     except (ImageRejected, FinoError):
         raise
     except Exception as error:
         # On damaged files pydicom and its decoders raise whatever their parsing ran into.
-        detail = f"{type(error).__name__}: {error}"
-        raise ImageRejected("decode_failed", detail) from error
+        raise ImageRejected("decode_failed", parser_fault(error, part)) from None
 
 
-def _prepare(pydicom: Any, data: bytes, limits: ImagesDeclaration) -> Stored:
+def parser_fault(error: Exception, part: str) -> str:
+    """What to tell of an exception of pydicom's in reading a part of a file.
+
+    Not its text: that may quote a value of the header, a patient's name too, and what is told ends
+    up in sidecars and in `rejects.parquet`.
+    """
+    return (
+        f"DICOM: {type(error).__name__} in its {part}; pydicom's message may quote the header and "
+        "is left out: open the file with pydicom to see it"
+    )
+
+
+def _checked(pydicom: Any, data: bytes, limits: ImagesDeclaration) -> Any:
+    """The dataset of a file, whose header allows for its pixels to be decoded.
+
+    Raises:
+        ImageRejected: it does not.
+        MissingExtraError: a decoder is not installed.
+    """
     dataset = pydicom.dcmread(io.BytesIO(data))
-    if "SamplesPerPixel" not in dataset:
+    if "SamplesPerPixel" not in dataset or not any(keyword in dataset for keyword in _PIXELS):
         raise ImageRejected("no_pixels", "a DICOM object that is no image")
+    if absent := [keyword for keyword in _REQUIRED if keyword not in dataset]:
+        raise ImageRejected("header_damaged", f"DICOM image without {', '.join(absent)}")
     frames = int(dataset.get("NumberOfFrames", 1) or 1)
     samples, allocated = int(dataset.SamplesPerPixel), int(dataset.BitsAllocated)
     height, width = int(dataset.Rows), int(dataset.Columns)
     if frames != 1:
-        raise ImageRejected("multi_page", f"{frames} frames; export the one that you mean")
+        raise ImageRejected("multi_page", "several frames; export the one that you mean")
     check_size(height, width, samples, max(allocated // 8, 1), len(data), limits)
     _check_decoder(pydicom, dataset.file_meta.TransferSyntaxUID)
-    return converted(_pixels(pydicom, dataset), "YXS" if samples > 1 else "YX")
+    return dataset
 
 
 def _check_decoder(pydicom: Any, syntax: Any) -> None:
@@ -92,6 +121,8 @@ def _pixels(pydicom: Any, dataset: Any) -> NDArray[Any]:
     # pydicom has turned YBR into RGB while decoding.
     if colour == "RGB" or colour.startswith("YBR"):
         return np.ascontiguousarray(pixels)
+    if colour not in _OTHER_COLOURS:
+        raise ImageRejected("header_damaged", "a photometric interpretation that DICOM has not")
     raise ImageRejected("unsupported_color", f"photometric interpretation {colour}")
 
 

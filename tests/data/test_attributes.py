@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import sys
 import tarfile
 from pathlib import Path
@@ -122,6 +123,53 @@ def test_no_warning_prints_what_a_header_holds(
     clinic.ingest(max_reject=ingest.Allowance(count=1))
     assert not [warning for warning in recwarn if "Jane" in str(warning.message)]
     assert "Jane" not in caplog.text
+
+
+def with_value(data: bytes, keyword: str, kind: bytes, value: bytes) -> bytes:
+    """The file with other bytes in the place of an attribute's value, of another kind (VR)."""
+    tag = pydicom.datadict.tag_for_keyword(keyword)
+    assert tag is not None
+    place = data.index(struct.pack("<HH", tag >> 16, tag & 0xFFFF))
+    (length,) = struct.unpack("<H", data[place + 6 : place + 8])
+    element = data[place : place + 4] + kind + struct.pack("<H", len(value)) + value
+    return data[:place] + element + data[place + 8 + length :]
+
+
+def grey_of(path: Path) -> Any:
+    """As pydicom is used where nobody minds its messages."""
+    dataset = pydicom.dcmread(path)
+    return dataset.pixel_array * float(dataset.RescaleSlope)
+
+
+@pytest.mark.filterwarnings("ignore:.*value length:UserWarning")
+@pytest.mark.parametrize(
+    ("keyword", "kind", "listed"),
+    [
+        ("NumberOfFrames", b"IS", False),
+        ("RescaleSlope", b"DS", False),
+        ("PhotometricInterpretation", b"CS", False),
+        ("BitsStored", b"US", False),
+        ("TransferSyntaxUID", b"US", True),
+    ],
+)
+def test_no_rejection_quotes_what_a_header_holds(
+    clinic: Lab, keyword: str, kind: bytes, listed: bool
+) -> None:
+    """A name in the place of a number: pydicom's own message tells it, the reject does not; where
+    attributes are listed, the header is read once more, before all else."""
+    path = clinic.images / "2.dcm"
+    whole = dicom(pixels(2), NumberOfFrames="1", RescaleSlope="1", RescaleIntercept="0")
+    path.write_bytes(with_value(whole, keyword, kind, b"Doe^Jane Mary"))
+    with pytest.raises(Exception, match=r"Doe\^Jane Mary"):
+        grey_of(path)
+    if not listed:
+        clinic.schema["factors"] = {"ward": FACTORS["ward"]}
+    clinic.ingest(max_reject=ingest.Allowance(count=1))
+    (reject,) = pq.read_table(clinic.out / "rejects.parquet").to_pylist()
+    assert reject["path"] == "2.dcm"
+    assert reject["code"] in ("header_damaged", "decode_failed")
+    for secret in ("Doe", "Jane", "Mary"):
+        assert secret not in everything(clinic.out)
 
 
 def test_patient_attributes_enter_when_they_are_listed(clinic: Lab) -> None:
