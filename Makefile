@@ -56,7 +56,9 @@ $(CLAIMS:%=bench-%): bench-%: setup
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest benchmarks/test_$*.py -o timeout=0 --benchmark-only --benchmark-json=$(RESULTS)/$*.json
 
+# The peers are large: installed only where there is a device to measure them on.
 bench-cuda: setup
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else f"bench DEVICE=cuda: PyTorch {torch.__version__} finds no CUDA device; nothing was installed or measured")'
 	$(PIP) install -q $(LOCK) --no-build-isolation -e '.[bench-gpu]'
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest benchmarks/test_gpu.py -o timeout=0 --benchmark-only --benchmark-json=$(RESULTS)/gpu.json
