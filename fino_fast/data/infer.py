@@ -17,7 +17,15 @@ from fino_fast.errors import ConfigError, DataError
 from .declaration import MISSING
 from .files import committed
 from .schema import shorten
-from .table import NUMBER, column_names, is_parquet, reading, strings, table_chunks
+from .table import (
+    NUMBER,
+    column_names,
+    is_parquet,
+    no_cells,
+    reading,
+    strings,
+    table_chunks,
+)
 
 _DELIMITERS = ",;\t|"
 _MOST_CATEGORIES = 0.5
@@ -39,7 +47,8 @@ def infer_schema(table: Path, id_column: str, path_column: str, target: Path) ->
     if target.exists():
         raise ConfigError(f"{target}: exists already; --infer writes a new schema only")
     delimiter = _delimiter(table)
-    names = column_names(table, delimiter)
+    odd = no_cells(table)
+    names = [name for name in column_names(table, delimiter) if name not in odd]
     columns = {name: _Column(name) for name in names if name not in (id_column, path_column)}
     rows = 0
     for chunk in table_chunks(
@@ -54,6 +63,9 @@ def infer_schema(table: Path, id_column: str, path_column: str, target: Path) ->
         raise DataError(f"{table}: has no column besides id and path: there is no metadata")
     text = io.StringIO()
     text.writelines(f"{line}\n" for line in _document(table, delimiter, columns))
+    text.writelines(
+        f"  # {quoted(name)}: left out, as it holds {what}\n" for name, what in odd.items()
+    )
     with committed(target) as file:
         file.write(text.getvalue().encode("utf-8"))
 

@@ -4,6 +4,7 @@ Everything here looks at the whole table before it complains, so that a person s
 one kind at once, each with its row.
 """
 
+import codecs
 import contextlib
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -60,9 +61,15 @@ def table_chunks(path: Path, columns: list[str], delimiter: str = ",") -> Iterat
 
     Raises:
         DataError: the file cannot be read or is not what its name says.
-        ConfigError: a column is not there, or stands there twice.
+        ConfigError: a column is not there, stands there twice, or holds what is no cell.
     """
     _check_columns(path, column_names(path, delimiter), columns)
+    odd = [f"{name!r} holds {what}" for name, what in no_cells(path).items() if name in columns]
+    if odd:
+        raise ConfigError(
+            f"{path}: column {', '.join(odd)}; expected text, numbers, dates or truth values (of "
+            "several names make one text with a separator)"
+        )
     with reading(path), contextlib.ExitStack() as stack:
         if is_parquet(path):
             file = stack.enter_context(pq.ParquetFile(path))
@@ -95,8 +102,32 @@ def column_names(path: Path, delimiter: str = ",") -> list[str]:
     with reading(path):
         if is_parquet(path):
             return list(pq.read_schema(path).names)
+        _check_encoding(path)
         with pyarrow.csv.open_csv(path, parse_options=_csv(delimiter)) as reader:
             return list(reader.schema.names)
+
+
+def no_cells(path: Path) -> dict[str, str]:
+    """Columns of a Parquet file that hold lists, structures or bytes, with their types.
+
+    Raises:
+        DataError: the file cannot be read or is not what its name says.
+    """
+    if not is_parquet(path):
+        return {}
+    with reading(path):
+        fields = list(pq.read_schema(path))
+    is_bytes = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_fixed_size_binary,
+        pa.types.is_binary_view,
+    )
+    return {
+        field.name: str(field.type)
+        for field in fields
+        if any(check(field.type) for check in (pa.types.is_nested, *is_bytes))
+    }
 
 
 def is_parquet(path: Path) -> bool:
@@ -116,11 +147,26 @@ def reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (pa.ArrowException, UnicodeDecodeError) as error:
         if isinstance(error, UnicodeDecodeError) or "invalid UTF8" in str(error):
-            raise DataError(
-                f"{path}: is not UTF-8 ({error}); save it as UTF-8, from Excel as “CSV UTF-8”"
-            ) from error
+            raise _not_utf8(path, str(error)) from error
+        if "Empty CSV" in str(error):
+            raise DataError(f"{path}: has no rows") from error
         hint = "" if is_parquet(path) else "; is table.delimiter in the schema right?"
         raise DataError(f"{path}: cannot be read as a table: {error}{hint}") from error
+
+
+def _check_encoding(path: Path) -> None:
+    """Refuse UTF-16, in which spreadsheets save "Unicode text": its rows may look like UTF-8's.
+
+    Raises:
+        DataError: the file begins with its byte order mark.
+    """
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise _not_utf8(path, "its byte order mark is that of UTF-16")
+
+
+def _not_utf8(path: Path, why: str) -> DataError:
+    return DataError(f"{path}: is not UTF-8 ({why}); save it as UTF-8, from Excel as “CSV UTF-8”")
 
 
 def _check_columns(path: Path, present: list[str], wanted: list[str]) -> None:

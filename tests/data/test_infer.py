@@ -66,6 +66,18 @@ def test_parquet(tmp_path: Path) -> None:
     }
 
 
+def test_parquet_columns_without_cells_are_left_out(tmp_path: Path) -> None:
+    table = tmp_path / "t.parquet"
+    columns = {"id": ["1"], "file": ["a"], "plate": ["7"], "tags": [["x"]], "thumbnail": [b"\xff"]}
+    pq.write_table(pa.table(columns), table)
+    target = tmp_path / "schema.yaml"
+    infer_schema(table, "id", "file", target)
+    assert list(Declaration.from_yaml(target).factors) == ["plate"]
+    text = target.read_text(encoding="utf-8")
+    assert '# "tags": left out, as it holds list<' in text
+    assert '# "thumbnail": left out, as it holds binary' in text
+
+
 def test_several_values_in_a_cell(tmp_path: Path) -> None:
     """Combinations of a few names are told from names that hold the sign."""
     table = tmp_path / "t.csv"

@@ -254,7 +254,9 @@ def test_csv_cells_are_not_guessed(tmp_path: Path) -> None:
         (b"missing,missing\n1,2\n", ConfigError, "more than once"),
         (b"missing,c\n1,2,3\n", DataError, "cannot be read as a table"),
         (b"missing\n\xff\xfe\n", DataError, "is not UTF-8"),
-        (b"", DataError, "cannot be read as a table"),
+        ("id,missing\n1,2\n".encode("utf-16"), DataError, "is not UTF-8 .*UTF-16"),
+        (b"", DataError, "has no rows"),
+        (b"id,missing", DataError, "has no rows"),
     ],
 )
 def test_tables_that_cannot_be_used(
@@ -273,6 +275,24 @@ def test_a_csv_that_calls_itself_parquet(tmp_path: Path) -> None:
         read_table(path, ["id"])
     with pytest.raises(DataError, match="cannot be read"):
         read_table(tmp_path / "absent.csv", ["id"])
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        ([["a"], ["b", "c"]], "list<"),
+        ([{"x": 1}, {"x": 2}], "struct<"),
+        ([b"\xff", b"c"], "binary"),
+    ],
+)
+def test_a_parquet_column_without_cells_is_named(
+    tmp_path: Path, column: list[object], kind: str
+) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"id": ["1", "2"], "odd": column}), path)
+    with pytest.raises(ConfigError, match=rf"t\.parquet: column 'odd' holds {kind}.*expected text"):
+        read_table(path, ["id", "odd"])
+    assert read_table(path, ["id"]).num_rows == 2
 
 
 def test_wide_ints_keep_their_value() -> None:
