@@ -81,11 +81,11 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def committed(path: Location) -> Iterator[IO[bytes]]:
-    """Open a temporary file that becomes `path` when the block ends without an error.
+    """Open a temporary file that becomes `path` when the block, which only writes it, ends.
 
     Raises:
         DiskFullError: no space, quota or file-size limit; the temporary file is removed.
-        DataError: the folder does not take the file, or a store the upload.
+        DataError: the folder does not take the file, a disk the bytes, or a store the upload.
     """
     try:
         if isinstance(path, Remote):
@@ -100,7 +100,7 @@ def committed(path: Location) -> Iterator[IO[bytes]]:
                 f"{path}: no room left to write it ({error.strerror}); what is committed is "
                 "intact: free some space and run the same command again"
             ) from error
-        raise
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -108,17 +108,17 @@ def _renamed(path: Path) -> Iterator[IO[bytes]]:
     # The name holds host and process, so that two writers of one file never share it.
     temporary = path.with_name(f"{TEMPORARY}{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
-        with _naming(path):
-            file = temporary.open("wb")
-        with file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with _naming(path):
-            temporary.replace(path)
+        temporary.replace(path)
         sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        # What ended the writing is to be told, not that a read-only folder keeps no draft either.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 @contextlib.contextmanager
@@ -138,22 +138,14 @@ def committed_folder(folder: Path) -> Iterator[Path]:
     make_folder(draft)
     try:
         yield draft
-        draft.rename(folder)
+        try:
+            draft.rename(folder)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be made: {error.strerror}") from error
     except BaseException:
-        shutil.rmtree(draft)
+        shutil.rmtree(draft, ignore_errors=True)
         raise
     sync_folder(folder.parent)
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Say which file it is that a folder does not take; a full disk is the caller's to explain."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -171,10 +163,14 @@ def _uploaded(path: Remote) -> Iterator[IO[bytes]]:
 
 
 def remove_temporaries(folder: Location) -> None:
-    """Remove what interrupted writers left behind; an object store never shows any of it."""
+    """Remove what interrupted writers of a set left in its folder and in those of its plans; an
+    object store never shows any of it. Whatever else lies below is not ours to look into.
+    """
     if isinstance(folder, Path):
-        for leftover in folder.glob(f"**/{TEMPORARY}*"):
-            leftover.unlink(missing_ok=True)
+        for pattern in (f"{TEMPORARY}*", f"plan-*/{TEMPORARY}*"):
+            for leftover in folder.glob(pattern):
+                if not leftover.is_dir():
+                    leftover.unlink(missing_ok=True)
 
 
 def open_read(path: Location) -> IO[bytes]:

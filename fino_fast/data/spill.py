@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fino_fast.errors import DiskFullError
+from fino_fast.errors import DataError, DiskFullError
 
 from .files import FULL, Location
 
@@ -28,11 +28,16 @@ class Spill:
 
     Args:
         folder: where there is room for it; the system's temporary folder when left out.
+
+    Raises:
+        DataError: the folder takes no file.
+        DiskFullError: no room left.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `close`
+        with self._writing():
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `close`
         self._writer: pa.RecordBatchStreamWriter | None = None
 
     def write(self, table: pa.Table) -> None:
@@ -40,30 +45,43 @@ class Spill:
 
         Raises:
             DiskFullError: no room left.
+            DataError: the disk fails.
         """
-        try:
+        with self._writing():
             if self._writer is None:
                 self._writer = pa.ipc.new_stream(self._file, table.schema)
             self._writer.write_table(table)
             self._file.flush()
+
+    def tables(self) -> Iterator[pa.Table]:
+        """What was written, in the same pieces, as often as asked for; ends the writing.
+
+        Raises:
+            DiskFullError, DataError: as `write` does, for what ends the stream.
+        """
+        if self._writer is None:
+            return
+        with self._writing():
+            self._writer.close()
+            self._file.seek(0)
+        with pa.ipc.open_stream(self._file) as reader:
+            for batch in reader:
+                yield pa.Table.from_batches([batch])
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
+            place = self._folder or tempfile.gettempdir()
             if error.errno in FULL:
-                place = self._folder or tempfile.gettempdir()
                 raise DiskFullError(
                     f"{place}: no room left to sort the rows of the table ({error.strerror}); free "
                     "some space and run the same command again"
                 ) from error
-            raise
-
-    def tables(self) -> Iterator[pa.Table]:
-        """What was written, in the same pieces, as often as asked for; ends the writing."""
-        if self._writer is None:
-            return
-        self._writer.close()
-        self._file.seek(0)
-        with pa.ipc.open_stream(self._file) as reader:
-            for batch in reader:
-                yield pa.Table.from_batches([batch])
+            raise DataError(
+                f"{place}: rows of the table cannot be sorted there: {error.strerror or error}"
+            ) from error
 
     def close(self) -> None:
         # A full disk was reported when it was met; what is still buffered is not wanted any more.

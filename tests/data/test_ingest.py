@@ -352,6 +352,21 @@ def test_nothing_outside_images_and_output_is_opened_or_changed(lab: Lab) -> Non
             assert (now.st_mtime_ns, now.st_size) == (state.st_mtime_ns, state.st_size)
 
 
+def test_leftovers_of_a_set_are_removed_and_nothing_else(lab: Lab) -> None:
+    """Also where the set's folder holds the images, and a report that was broken off."""
+    out = lab.root
+    lab.ingest(out=out)
+    whole = content(out)
+    ours = [out / ".tmp-shard-0000-000000.tar.host.1", out / "plan-0000/.tmp-plan.json.host.1"]
+    others = [lab.images / ".tmp-0001.png", out / ".tmp-audit" / "audit.md"]
+    others[1].parent.mkdir()
+    for path in ours + others:
+        path.write_bytes(b"draft")
+    lab.ingest(out=out)
+    kept = {str(path.relative_to(out)): b"draft" for path in others}
+    assert content(out) == whole | kept
+
+
 def test_more_rejects_than_allowed_leave_the_set_unsealed(lab: Lab) -> None:
     codes = damage(lab)
     with pytest.raises(TooManyRejectsError) as caught:

@@ -1,0 +1,88 @@
+"""Files that are whole or absent: where a folder or disk does not take them, the error says so."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from fino_fast.data.files import committed, committed_folder
+from fino_fast.errors import DataError, DiskFullError
+
+# In a mount namespace of its own, whose root may not write to "$1" either.
+READ_ONLY = """
+mount -t tmpfs none "$1" && mount -o remount,ro "$1" || exit 77
+exec "$2" -c "$3" "$1"
+"""
+COMMIT = """
+import pathlib, sys
+from fino_fast.data.files import committed
+with committed(pathlib.Path(sys.argv[1], "report.md")) as file:
+    file.write(b"text")
+"""
+
+
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+    script = ["bash", "-c", READ_ONLY, "-", str(tmp_path), sys.executable, COMMIT]
+    done = subprocess.run(
+        ["unshare", "-rm", *script], capture_output=True, text=True, check=False, cwd=Path.cwd()
+    )
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip(f"no mount namespaces here: {done.stderr.strip()}")
+    assert done.stderr.splitlines()[-1] == (
+        f"fino_fast.errors.DataError: {tmp_path}/report.md: cannot be written: "
+        "Read-only file system"
+    )
+
+
+def replaced_by(device: str, flags: int, file: IO[bytes]) -> None:
+    """Let an open file's descriptor lead to a device."""
+    other = os.open(device, flags)
+    os.dup2(other, file.fileno())
+    os.close(other)
+
+
+def test_a_disk_that_fails_in_the_middle_is_named(tmp_path: Path) -> None:
+    """The file turns read-only under it: an error of the system's that is no full disk."""
+    path = tmp_path / "shard.tar"
+    path.write_bytes(b"the former")
+
+    def write() -> None:
+        with committed(path) as file:
+            file.write(b"half")
+            replaced_by("/dev/null", os.O_RDONLY, file)
+
+    with pytest.raises(DataError, match=r"shard\.tar: cannot be written: Bad file descriptor"):
+        write()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["shard.tar"]
+    assert path.read_bytes() == b"the former"
+
+
+def test_a_full_disk_leaves_no_draft(tmp_path: Path) -> None:
+    def write() -> None:
+        with committed(tmp_path / "shard.tar") as file:
+            replaced_by("/dev/full", os.O_WRONLY, file)
+            file.write(b"text")
+
+    with pytest.raises(DiskFullError, match=r"shard\.tar: no room left .*No space left"):
+        write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_came_into_being_meanwhile_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+
+    def write() -> None:
+        with committed_folder(folder) as draft:
+            (draft / "ours.md").write_text("ours")
+            folder.mkdir()
+            (folder / "theirs.md").write_text("theirs")
+
+    with pytest.raises(DataError, match=r"report: cannot be made: Directory not empty"):
+        write()
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
+        "report",
+        "report/theirs.md",
+    ]
