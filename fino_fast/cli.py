@@ -6,6 +6,7 @@ when that command is called, so `fino-fast ingest` needs neither torch nor timm.
 """
 
 import importlib
+import io
 import os
 import select
 import signal
@@ -49,6 +50,9 @@ def overview() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit code. Errors meant for people become one line."""
     args = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name or a bar that a terminal's encoding has no sign for must not end a command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not args or args[0] in ("-h", "--help"):
         print(overview())
         return 0 if args else 1

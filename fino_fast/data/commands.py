@@ -74,6 +74,8 @@ class Ingest(CommandModel):
             return 0
         if self.out is None:
             raise ConfigError("the command line: --out is missing: where shall the shards go?")
+        if self.ray_address is not None and self.engine != "ray":
+            raise ConfigError("the command line: --ray-address is for --engine ray")
         request = Request(
             table=self.table,
             images=self.images,

@@ -64,6 +64,8 @@ class Root:
                 full = os.path.realpath(full)
                 if not self._inside(full):
                     raise ImageRejected("path_escape", "a symbolic link out of the image folder")
+                if not os.path.exists(full):  # noqa: PTH110 - a string, as all of them here
+                    raise ImageRejected("missing_file", "a symbolic link to what is not there")
                 found = os.lstat(full)
         except OSError as error:
             raise _rejection(error, path, full) from error

@@ -118,3 +118,28 @@ def test_another_broken_pipe_is_not_taken_for_the_reader(
     monkeypatch.setattr(Verify, "run", lost)
     with pytest.raises(BrokenPipeError, match="a server hung up"):
         main(["verify", "shards"])
+
+
+def test_an_output_that_has_no_sign_for_a_name_shows_its_number(lab: Lab) -> None:
+    for row in lab.rows:
+        row["camera"] = "Gerät µ"
+    lab.ingest()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "fino_fast.cli", "inspect", str(lab.out)),
+            *("--sheet", str(lab.root / "sheet.png")),
+        ],
+        capture_output=True,
+        check=False,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"Ger\xe4t \xb5" in done.stdout
+
+
+def test_an_address_without_its_engine_is_refused(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab.save()
+    assert main(["ingest", *lab.arguments(), "--ray-address", "auto"]) == 1
+    assert "--ray-address is for --engine ray" in capsys.readouterr().err

@@ -268,6 +268,7 @@ def damage(lab: Lab) -> dict[str, str]:
     (lab.images / "link.png").symlink_to(secret)
     (lab.images / "linked").symlink_to(lab.root, target_is_directory=True)
     (lab.images / "inside.png").symlink_to(lab.images / "0001.png")
+    (lab.images / "broken.png").symlink_to("absent.png")
     (lab.images / "folder.png").mkdir()
     files = {
         "cut": (good[:-30], "decode_failed"),
@@ -281,6 +282,7 @@ def damage(lab: Lab) -> dict[str, str]:
         "link": ("link.png", "path_escape"),
         "folder link": ("linked/secret.png", "path_escape"),
         "absent": ("absent.png", "missing_file"),
+        "broken link": ("broken.png", "missing_file"),
         "folder": ("folder.png", "not_a_file"),
         "too long": ("x" * 300 + ".png", "missing_file"),
     }
@@ -299,6 +301,8 @@ def test_bad_images_are_rejected_with_their_code_and_their_neighbours_kept(lab: 
     rejects = pq.read_table(lab.out / "rejects.parquet").to_pylist()
     assert {row["id"]: row["code"] for row in rejects} == codes
     assert all(row["detail"] and row["path"] for row in rejects)
+    (broken,) = (row["detail"] for row in rejects if row["id"] == "broken link")
+    assert broken == "a symbolic link to what is not there"
     shards = lab.open()
     assert set(shards.ids) == {row["id"] for row in lab.rows} - set(codes)
     assert report.manifest.planned == report.manifest.samples + len(codes)
@@ -371,7 +375,7 @@ def test_more_rejects_than_allowed_leave_the_set_unsealed(lab: Lab) -> None:
     codes = damage(lab)
     with pytest.raises(TooManyRejectsError) as caught:
         lab.ingest(max_reject=Allowance(count=len(codes) - 1))
-    assert "11 of 36 images were rejected" in str(caught.value)
+    assert "12 of 37 images were rejected" in str(caught.value)
     assert caught.value.exit_code == 2
     with pytest.raises(DataError, match="is no sealed set"):
         lab.open()
