@@ -159,13 +159,8 @@ class DaliPipeline(ABC):
             DamagedSamples: its samples do not decode, or are not what the index says.
             DataError: DALI fails on sound ones.
         """
-        pipe = self._build(depth=1)
-        self._feed(pipe, batch)
-        try:
-            pipe.schedule_run()
-            outputs = pipe.share_outputs()
-        except RuntimeError as error:
-            raise self._blame(batch, error) from error
+        # Named, so that the graph outlives its outputs.
+        pipe, outputs = self._first_outputs(batch, depth=1)  # noqa: RUF059
         return self._taken(batch, outputs)
 
     def _started(self, batch: Submitted) -> Any:
@@ -175,17 +170,29 @@ class DaliPipeline(ABC):
             DamagedSamples: that image does not decode.
             DataError: DALI fails on it, although it is sound.
         """
-        pipe = self._build(self.depth)
-        for _ in range(self.depth):
+        pipe, _ = self._first_outputs(batch, self.depth)
+        pipe.release_outputs()
+        return pipe
+
+    def _first_outputs(self, batch: Submitted, depth: int) -> tuple[Any, Any]:
+        """A new graph that has run `batch` as often as it is deep, and the last time's outputs,
+        which are not released.
+
+        Raises:
+            DamagedSamples: a sample of the batch does not decode.
+            DataError: DALI fails on sound ones.
+        """
+        pipe = self._build(depth)
+        for _ in range(depth):
             self._feed(pipe, batch)
         try:
             pipe.schedule_run()
-            for _ in range(self.depth):
+            for _ in range(depth - 1):
                 pipe.share_outputs()
                 pipe.release_outputs()
+            return pipe, pipe.share_outputs()
         except RuntimeError as error:
             raise self._blame(batch, error) from error
-        return pipe
 
     def _feed(self, pipe: Any, batch: Submitted) -> None:
         encoded = [np.frombuffer(payload, dtype=np.uint8) for payload in batch.payloads]
