@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class Loader:
         backend: `dali`, `torch`, or the first that is installed.
         device: where views are made; a CUDA device needs DALI.
         drop_last: leave out what does not fill a batch, so that all batches have the same shape.
-        threads: decoding threads; the processors of this machine when left out.
+        threads: decoding threads, at least 1; the processors of this machine when left out.
         factors: names of the factors that batches carry; when left out, those whose role is not
             `ignore`.
         on_error: what a damaged sample does to `epoch`. `raise`: ends it. `skip`: another sample
@@ -110,6 +110,15 @@ class Loader:
                 f"batch_size {batch_size}, rank {rank}, world_size {world_size}: expected "
                 "batch_size ≥ 1 and 0 ≤ rank < world_size"
             )
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads {threads}: expected 1 or more")
+        for name, value, known in (
+            ("backend", backend, get_args(Backend)),
+            ("on_error", on_error, get_args(OnError)),
+        ):
+            # A misspelt "raise" would otherwise skip.
+            if value not in known:
+                raise ConfigError(f"{name} {value!r}: expected one of {', '.join(known)}")
         self.shards = shards
         self.views = views
         self.batch_size = batch_size
@@ -162,6 +171,10 @@ class Loader:
                 what to skip where a disk or store answers one of them and not the other.
         """
         done = start_sample if start_sample is not None else 0
+        if start_sample is not None and start_step:
+            raise ConfigError(
+                f"start_step {start_step}, start_sample {done}: give one of them, where to begin"
+            )
         if not 0 <= start_step <= self.steps_per_epoch or not 0 <= done <= len(self):
             raise ConfigError(
                 f"start_step {start_step}, start_sample {done}: the epoch has "

@@ -3,6 +3,7 @@
 import functools
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -95,6 +96,7 @@ class ShardSet:
         self._files: OrderedDict[int, int] = OrderedDict()
         self._lock = threading.Lock()
         self._remote = RemoteShards(folder, manifest.shards) if isinstance(folder, Remote) else None
+        weakref.finalize(self, _close_all, self._files)
 
     @classmethod
     def open(cls, path: Location | str) -> Self:
@@ -135,6 +137,7 @@ class ShardSet:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._files)
 
     @functools.cached_property
     def ids(self) -> Strings:
@@ -308,6 +311,12 @@ class ShardSet:
         if len(column) != len(self):
             raise DataError(f"{path}: is damaged: {len(column)} rows for {len(self)} samples")
         return column
+
+
+def _close_all(files: OrderedDict[int, int]) -> None:
+    """Close the shards that a set, which is gone, had open."""
+    while files:
+        os.close(files.popitem()[1])
 
 
 def _read_whole(descriptor: int, size: int, offset: int) -> bytes:

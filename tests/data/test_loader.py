@@ -1,5 +1,7 @@
 """The loader: each sample once for any ranks, resume anywhere, one truth for both backends."""
 
+import copy
+import gc
 import itertools
 import json
 import signal
@@ -489,8 +491,38 @@ def test_senseless_arguments(sealed: ShardSet) -> None:
         Loader(sealed, SMALL, 4, split="test", world_size=20)
     with pytest.raises(ConfigError, match="start_step"):
         next(Loader(sealed, SMALL, 4).epoch(0, start_step=99))
+    with pytest.raises(ConfigError, match="start_sample 8: give one"):
+        next(Loader(sealed, SMALL, 4).epoch(0, start_step=1, start_sample=8))
     with pytest.raises(ConfigError, match="backend"):
         Loader(sealed, SMALL, 4, backend="torch", device="cuda")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"backend": "dalli"}, "backend 'dalli': expected one of auto, dali, torch"),
+        ({"on_error": "rise"}, "on_error 'rise': expected one of raise, skip"),
+        ({"threads": 0}, "threads 0: expected 1 or more"),
+    ]
+    for arguments, told in wrong:
+        with pytest.raises(ConfigError, match=told):
+            Loader(sealed, SMALL, 4, **arguments)
+
+
+def test_a_set_that_is_gone_leaves_no_file_open(lab: Lab) -> None:
+    """Nor does a copy of it, as another process gets one."""
+    lab.ingest()
+
+    def open_shards() -> int:
+        links = Path("/proc/self/fd").iterdir()
+        return sum(link.resolve().parent == lab.out.resolve() for link in links)
+
+    def read_all() -> int:
+        shards = lab.open()
+        for each in (shards, copy.copy(shards)):
+            for row in range(len(each)):
+                each.read(row)
+        return open_shards()
+
+    assert read_all() == 2 * 2
+    gc.collect()
+    assert open_shards() == 0
 
 
 def test_opening_reads_no_more_than_the_index(sealed: ShardSet, tmp_path: Path) -> None:
