@@ -53,15 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name or a bar that a terminal's encoding has no sign for must not end a command.
         sys.stdout.reconfigure(errors="backslashreplace")
-    if not args or args[0] in ("-h", "--help"):
-        print(overview())
-        return 0 if args else 1
-    name, rest = args[0], args[1:]
-    if name not in COMMANDS:
-        print(f"fino-fast: error: unknown command {name!r}\n\n{overview()}", file=sys.stderr)
-        return 1
+    name = args[0] if args else ""
     try:
-        code = parse(name, rest).run()
+        code = _run(args)
         sys.stdout.flush()  # while it can still be noticed that nobody reads it any more
         return code
     except BrokenPipeError:
@@ -73,12 +67,24 @@ def main(argv: list[str] | None = None) -> int:
     except FinoError as error:
         print(f"fino-fast {name}: error: {error}", file=sys.stderr)
         return error.exit_code
-    except SystemExit as stop:  # argparse: --help, or a usage that it explained
-        # Its 2 would be read as "too many rejects"; see TooManyRejectsError.
-        return 1 if stop.code else 0
     except KeyboardInterrupt:
         print(f"\nfino-fast {name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if args else 1
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        print(f"fino-fast: error: unknown command {name!r}\n\n{overview()}", file=sys.stderr)
+        return 1
+    try:
+        return parse(name, rest).run()
+    except SystemExit as stop:  # argparse: --help, or a usage that it explained
+        # Its 2 would be read as "too many rejects"; see TooManyRejectsError.
+        return 1 if stop.code else 0
 
 
 def _reader_is_gone() -> bool:

@@ -4,6 +4,7 @@ A task is a pure function, so a lost worker costs time and nothing else: its tas
 a task that keeps killing its workers is named.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from typing import Any, Protocol, TypeVar
 
 from fino_fast.errors import DataError, MissingExtraError
@@ -97,7 +98,8 @@ class LocalEngine:
                 # suspected, and Ctrl-C leaves no queue behind.
                 while waiting and len(running) < self.workers:
                     i = waiting.pop(0)
-                    running[pool.submit(function, tasks[i])] = i
+                    with _interrupts_held():
+                        running[pool.submit(function, tasks[i])] = i
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     result = future.result()
@@ -108,6 +110,22 @@ class LocalEngine:
                 attempts[i] += 1
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to the whole group, from workers that are started here.
+
+    They inherit that it is blocked: until `_prepare_worker` it would end them in an import, with a
+    traceback each. The driver has it delivered at the end of the block.
+    """
+    # Started once, and by itself takes the block off.
+    resource_tracker.ensure_running()
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _prepare_worker(parent: int) -> None:

@@ -92,14 +92,17 @@ def test_a_name_outside_the_vocabulary_that_comes_later(
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["verify"], ["--help"]])
 def test_a_reader_that_went_away_ends_a_command_without_a_word(
-    sealed: ShardSet, unbuffered: str
+    sealed: ShardSet, unbuffered: str, arguments: list[str]
 ) -> None:
-    """`fino-fast inspect shards | head`: the pipe is closed before anything is written."""
+    """`fino-fast verify shards | head`: the pipe is closed before anything is written."""
+    if arguments == ["verify"]:
+        arguments = ["verify", str(sealed.folder)]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "fino_fast.cli", "verify", str(sealed.folder)],
+        [sys.executable, "-m", "fino_fast.cli", *arguments],
         stdout=writer,
         stderr=subprocess.PIPE,
         check=False,

@@ -201,24 +201,40 @@ def test_a_killed_driver_takes_its_workers_along(lab: Lab, tmp_path: Path) -> No
     assert not list(lab.out.glob(f"{TEMPORARY}*"))
 
 
-def test_ctrl_c_leaves_a_state_that_resumes(lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["workers start", "workers write"])
+def test_ctrl_c_leaves_a_state_that_resumes(lab: Lab, tmp_path: Path, moment: str) -> None:
+    """To the whole process group, as a terminal sends it; one line says so, and no worker."""
     lab.save()
+    starting = moment == "workers start"
     slow = subprocess.Popen(
         command(lab),
-        env=os.environ | {"PYTHONPATH": slowed(tmp_path)},
+        env=os.environ | {"PYTHONPATH": slow_to_start(tmp_path) if starting else slowed(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         # A test run in the background ignores Ctrl-C, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    wait_for(lambda: list(lab.out.glob(f"{TEMPORARY}*.tar.*")))
-    slow.send_signal(signal.SIGINT)
+    wait_for(lambda: list((tmp_path if starting else lab.out).glob(f"{TEMPORARY}*")))
+    os.killpg(slow.pid, signal.SIGINT)
     _, message = slow.communicate(timeout=60)
-    assert slow.returncode == 130
-    assert "interrupted" in message
-    assert "Traceback" not in message
+    assert (slow.returncode, message) == (130, "\nfino-fast ingest: interrupted\n")
     assert subprocess.run(command(lab), capture_output=True, check=False).returncode == 0
     assert verify(lab.out) == []
+
+
+def slow_to_start(folder: Path) -> str:
+    """A folder for PYTHONPATH in which every worker takes a second before it can do anything, and
+    says by a file that it has begun.
+    """
+    (folder / "sitecustomize.py").write_text(
+        "import os, pathlib, sys, time\n"
+        "if '--multiprocessing-fork' in sys.orig_argv:\n"
+        f"    pathlib.Path({str(folder)!r}, f'{TEMPORARY}{{os.getpid()}}').touch()\n"
+        "    time.sleep(1)\n",
+        encoding="utf-8",
+    )
+    return str(folder)
 
 
 def slowed(folder: Path) -> str:
