@@ -240,9 +240,13 @@ def padded(width: int) -> int:
 
 
 def unit_stride(matrix: Tensor) -> Tensor:
-    """`matrix` with neighbouring columns side by side in memory; a copy only where they are not."""
+    """`matrix` with neighbouring columns side by side in memory; a copy only where they are not.
+
+    Or where its rows are 2³¹ entries apart: the kernels take strides of 32 bits.
+    """
     matrix = matrix.detach()
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
+    beside = matrix.stride(-1) == 1 or matrix.shape[-1] == 1
+    return matrix if beside and matrix.stride(0) < 2**31 else matrix.contiguous()
 
 
 def starts(sizes: list[int]) -> tuple[int, ...]:

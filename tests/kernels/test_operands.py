@@ -89,6 +89,20 @@ def test_only_what_cannot_be_read_as_it_is_gets_copied(
     assert sum(words_of(seen[0].arguments["matrices"], Matrix, "rows")) == (3 if copied else 0)
 
 
+def test_rows_further_apart_than_a_stride_of_32_bits(device: torch.device) -> None:
+    """The pages between them are never touched."""
+    stride, x = 2**31 + 16, random(2, 3, dtype=torch.float16, seed=0)
+    try:
+        # torch.empty would be filled by the poison.
+        storage = torch.UntypedStorage(2 * (stride + 3), device=device)
+    except RuntimeError as error:
+        pytest.skip(f"no 4 GB of address space: {error}")
+    far = torch.empty(0, dtype=torch.float16, device=device).set_(storage, 0, (2, 3), (stride, 1))
+    far.copy_(x)
+    (found,) = operands([Request(far)], torch.float16)
+    assert torch.equal(found.matrix[:, :3].cpu(), x)
+
+
 def test_more_than_one_launch_can_carry(device: torch.device) -> None:
     """As of hundreds of factors; CUDA takes 32,764 bytes of arguments."""
     matrices = [
