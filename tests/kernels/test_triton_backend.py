@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fino_fast import Categorical, Continuous, FinoLoss, InfoNCE, backends, ops
 from fino_fast.eager import Eager
+from fino_fast.factors import Factor
 from fino_fast.ops import KINDS
 
 needs_operators = pytest.mark.skipif(ops.LOAD_ERROR is not None, reason=str(ops.LOAD_ERROR))
@@ -178,6 +179,48 @@ def test_launches_do_not_depend_on_the_number_of_factors(
     forward, backward = launches(4, InfoNCE(0.2), torch.float16)
     assert forward == swept * 2 + update + split
     assert sorted(backward) == sorted(back + alone + gradient)
+
+
+def factor_of_kind(kind: str, name: str) -> Factor:
+    if kind in ("linear", "prototype"):
+        return Categorical(name, 5, head=kind, role="suppress")
+    return Continuous(name, 2, activation=kind)
+
+
+@needs_operators
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("contrastive", [None, InfoNCE(0.2, learnable=True)])
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), KINDS], ids="-".join)
+def test_at_most_three_launches_forward_and_four_backward(
+    kinds: tuple[str, ...],
+    contrastive: InfoNCE | None,
+    balance: bool,
+    triton_on_this_device: str,
+    device: torch.device,
+) -> None:
+    """None to twelve factors of one kind, and of all kinds in turn."""
+    least = 2 if balance else int(contrastive is None)
+    for number in range(least, 13):
+        chosen = [factor_of_kind(kinds[f % len(kinds)], f"f{f}") for f in range(number)]
+        criterion = FinoLoss(
+            6, chosen, contrastive, balance=balance, backend=triton_on_this_device
+        ).to(device)
+        data = {
+            factor.name: torch.randint(5, (4,), device=device)
+            if isinstance(factor, Categorical)
+            else torch.rand(4, 2, device=device)
+            for factor in chosen
+        }
+        z = torch.randn(2, 4, 6, device=device, requires_grad=True)
+        seen: list[Launch] = []
+        # Not run: what they would compute does not matter here.
+        with intercepted(seen.append):
+            loss = criterion(z, data)
+            assert names(seen) == ["operands", "sweep", "rows"]
+            loss.backward()
+        swept = [] if contrastive is None and (balance or kinds == ("prototype",)) else ["rows"]
+        trained = ["banks"] if number and kinds != ("prototype",) else []
+        assert names(seen[3:]) == ["operands", *swept, *trained, "combine"]
 
 
 @needs_operators
