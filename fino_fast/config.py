@@ -25,10 +25,14 @@ class StrictModel(BaseModel):
                 the message names the file and the key.
         """
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            # PyYAML would take the last of two equal keys, and drop the first without a word.
+            _refuse_repeats(yaml.compose(text, Loader=yaml.SafeLoader))
+            content = yaml.safe_load(text)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            # ValueError: not UTF-8, or what looks like a date and is none.
             raise ConfigError(f"{path}: is not valid YAML: {error}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
@@ -45,6 +49,33 @@ class StrictModel(BaseModel):
             return cls.model_validate(content)
         except ValidationError as error:
             raise explain(error, origin) from error
+
+
+def _refuse_repeats(document: yaml.Node | None) -> None:
+    """Refuse a mapping in which a key stands twice.
+
+    Raises:
+        MarkedYAMLError: there is one.
+    """
+    left, seen = [document], set[int]()
+    while left:
+        node = left.pop()
+        if node is None or id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+        if isinstance(node, yaml.MappingNode):
+            keys = set[str]()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in keys:
+                        raise yaml.MarkedYAMLError(
+                            problem=f"the key {key.value!r} stands there twice",
+                            problem_mark=key.start_mark,
+                        )
+                    keys.add(key.value)
+                left.append(value)
 
 
 class CommandModel(BaseSettings):

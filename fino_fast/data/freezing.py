@@ -18,7 +18,7 @@ from .declaration import (
     FactorDeclaration,
     MultiDeclaration,
 )
-from .schema import Factor, Schema, columns_of_numbers, number_matrix
+from .schema import MAX_SPLITS, Factor, Schema, columns_of_numbers, number_matrix
 from .statistics import Moments
 
 
@@ -60,8 +60,8 @@ class SchemaBuilder:
         """The frozen schema.
 
         Raises:
-            DataError: no row belongs to the adaptation split, or a factor that takes part in
-                adaptation is constant or missing throughout.
+            DataError: no row belongs to the adaptation split, there are too many splits, or a
+                factor that takes part in adaptation is constant or missing throughout.
         """
         adaptation = self._declaration.adaptation_split
         factors = {name: builder.factor() for name, builder in self._factors.items()}
@@ -73,6 +73,12 @@ class SchemaBuilder:
         if not any(factor.observed + factor.missing for factor in factors.values()):
             found = ", ".join(repr(name) for name in self._found) or "no rows"
             faults = [f"no row belongs to the adaptation split {adaptation!r}; found {found}"]
+        if len(self._splits) > MAX_SPLITS:
+            split = self._declaration.split
+            faults.append(
+                f"split.column: {split.column if split else ''!r} names {len(self._splits)} "
+                f"splits, at most {MAX_SPLITS} fit; expected a few, like train and test"
+            )
         if faults:
             raise DataError("; ".join(faults))
         return Schema(declaration=self._declaration, splits=list(self._splits), factors=factors)

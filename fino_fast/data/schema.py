@@ -32,6 +32,9 @@ from .statistics import Moments
 
 Encoded = NDArray[np.int64] | NDArray[np.float32]
 
+MAX_SPLITS = 65_535
+"""Splits that the index, which has 16 bits for them, tells apart."""
+
 
 class Factor(StrictModel):
     """One metadata factor: its declaration, vocabulary and statistics.
@@ -203,7 +206,7 @@ class Schema(StrictModel):
     format: Literal["fino-fast schema"] = "fino-fast schema"
     version: Literal[1] = 1
     declaration: Declaration
-    splits: list[str] = Field(min_length=1, max_length=65_535)
+    splits: list[str] = Field(min_length=1, max_length=MAX_SPLITS)
     """Split names; the index is the split's code. The adaptation split comes first."""
     factors: dict[str, Factor] = Field(min_length=1)
 

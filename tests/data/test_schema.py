@@ -1,5 +1,6 @@
 """The frozen schema: indices that never move, statistics equal to NumPy's, honest encodings."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -213,3 +214,59 @@ def test_a_wrong_declaration_names_the_key(
         Declaration.from_yaml(path)
     assert "camera" in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """YAML's own reader would keep the last, and drop a factor without a word."""
+    path = tmp_path / "schema.yaml"
+    line = "  plate: {kind: categorical, role: preserve}\n"
+    path.write_text("factors:\n" + line + line, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"the key 'plate' stands there twice(.|\n)*line 3"):
+        Declaration.from_yaml(path)
+
+
+WRITTEN = b"""version: 1
+table: {delimiter: ";", decimal: ",", missing: ["-1"]}
+split: {column: fold, adaptation: train}
+factors:
+  um: &um {kind: continuous, role: preserve, low: 0, high: 2.5}
+  hour: {kind: cyclic, role: ignore, period: 24}
+  plate: {kind: categorical, role: suppress, vocabulary: [a, b]}
+"""
+
+
+@settings(deadline=None)
+@given(
+    place=st.integers(0, len(WRITTEN)),
+    noise=st.binary(max_size=12) | st.text(max_size=6).map(str.encode),
+    keep=st.booleans(),
+)
+@example(place=9, noise=b"2020-13-41 ", keep=True)  # looks like a date
+@example(place=9, noise=b"[" * 1000, keep=True)
+@example(place=9, noise=b"9" * 5000, keep=True)
+@example(place=len(WRITTEN), noise=b"  loop: &loop [*loop]\n", keep=True)
+def test_random_bytes_in_a_schema_give_only_our_own_errors(
+    written: Path, place: int, noise: bytes, keep: bool
+) -> None:
+    rest = WRITTEN[place:] if keep else WRITTEN[place + len(noise) :]
+    written.write_bytes(WRITTEN[:place] + noise + rest)
+    with contextlib.suppress(ConfigError):
+        Declaration.from_yaml(written)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("schema") / "schema.yaml"
+
+
+def test_more_splits_than_the_index_tells_apart() -> None:
+    """An id named as the split column, say."""
+    names = ["adapt", *(f"s{i}" for i in range(65_535))]
+    raw = pa.array(["a", "b"] * (len(names) // 2))
+    declaration = Declaration.model_validate(
+        {"split": {"column": "id"}, "factors": {"f": CATEGORY | {"role": "preserve"}}}
+    )
+    builder = SchemaBuilder(declaration, None)
+    builder.add({"f": raw}, pa.array(names), pa.array([True] * len(names)))
+    with pytest.raises(DataError, match=r"split\.column: 'id' names 65536 splits, at most 65535"):
+        builder.schema()
