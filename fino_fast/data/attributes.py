@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from fino_fast.errors import ConfigError, DataError
 
 from .declaration import ContinuousDeclaration, CyclicDeclaration, Declaration
-from .dicom import import_pydicom, parser_fault
+from .dicom import import_pydicom, parser_fault, refuse_deflated_bomb
 from .files import Location
 from .sources import Finding, Root, open_root
 from .stored import ImageRejected
@@ -153,6 +153,7 @@ class Attributes:
                 raise ImageRejected("missing_file", "no path")
             source = self._root.find(path)
             with self._root.open(path) as file:
+                refuse_deflated_bomb(file)
                 dataset = pydicom.dcmread(
                     file,
                     stop_before_pixels=True,

@@ -6,7 +6,9 @@ that a schema lists. What is rejected says so in our own words: pydicom's messag
 
 import importlib.util
 import io
-from typing import Any
+import struct
+import zlib
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +16,14 @@ from numpy.typing import NDArray
 from fino_fast.errors import FinoError, MissingExtraError
 
 from .declaration import ImagesDeclaration
-from .stored import ImageRejected, Stored, check_size
+from .stored import ImageRejected, Stored, check_size, most_unfolded
 from .tiff import converted
 
+_HEAD = 4096  # bytes that surely hold a file's transfer syntax
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+# Value representations in a file meta group whose length takes four bytes (PS3.5, 7.1.2).
+_LONG = (b"OB", b"OW", b"UN", b"UT")
 # Of every image, whatever its pixels are (PS3.3 C.7.6.3).
 _REQUIRED = ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")
 # Defined by PS3.3 C.7.6.3.1.2, without a meaning in grey or RGB here.
@@ -73,6 +79,30 @@ def parser_fault(error: Exception, part: str) -> str:
     )
 
 
+def refuse_deflated_bomb(file: IO[bytes]) -> None:
+    """Refuse a file whose data set is deflated (PS3.5 A.5) and too long: pydicom would inflate all
+    of it before anybody can look at its header. Others are left where they were: at the beginning.
+
+    Raises:
+        ImageRejected: it is one.
+        struct.error, zlib.error: it is damaged.
+    """
+    data = file.read(_HEAD)
+    if data[128:132] == b"DICM" and _DEFLATED in data:
+        data += file.read()
+        place = 132
+        while data[place : place + 2] == b"\2\0":  # the file meta group, which is not deflated
+            long = data[place + 4 : place + 6] in _LONG
+            (length,) = struct.unpack_from("<I" if long else "<H", data, place + (8 if long else 6))
+            place += (12 if long else 8) + length
+        room = most_unfolded(len(data))
+        if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[place:], room + 1)) > room:
+            raise ImageRejected(
+                "expansion", f"{len(data)} bytes of deflated DICOM would unfold to more than {room}"
+            )
+    file.seek(0)
+
+
 def _checked(pydicom: Any, data: bytes, limits: ImagesDeclaration) -> Any:
     """The dataset of a file, whose header allows for its pixels to be decoded.
 
@@ -80,7 +110,9 @@ def _checked(pydicom: Any, data: bytes, limits: ImagesDeclaration) -> Any:
         ImageRejected: it does not.
         MissingExtraError: a decoder is not installed.
     """
-    dataset = pydicom.dcmread(io.BytesIO(data))
+    file = io.BytesIO(data)
+    refuse_deflated_bomb(file)
+    dataset = pydicom.dcmread(file)
     if "SamplesPerPixel" not in dataset or not any(keyword in dataset for keyword in _PIXELS):
         raise ImageRejected("no_pixels", "a DICOM object that is no image")
     if absent := [keyword for keyword in _REQUIRED if keyword not in dataset]:

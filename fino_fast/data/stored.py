@@ -39,6 +39,11 @@ class Stored(NamedTuple):
     """The source's axes where it was converted ("CYX"), "" where its bytes passed through."""
 
 
+def most_unfolded(encoded: int) -> int:
+    """Bytes to which a file of `encoded` bytes may unfold."""
+    return max(_BOMB_BYTES, _BOMB_RATIO * encoded)
+
+
 def check_size(
     height: int, width: int, channels: int, itemsize: int, encoded: int, limits: ImagesDeclaration
 ) -> None:
@@ -56,7 +61,7 @@ def check_size(
             "too_large", f"{height}×{width} pixels, images.max_pixels is {limits.max_pixels}"
         )
     size = height * width * channels * itemsize
-    if size > _BOMB_BYTES and size > _BOMB_RATIO * encoded:
+    if size > most_unfolded(encoded):
         raise ImageRejected(
             "expansion", f"{encoded} bytes would unfold to {size} ({size // encoded} times)"
         )

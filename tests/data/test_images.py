@@ -430,8 +430,8 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_a_bomb_is_refused_before_it_unfolds() -> None:
-    """In a process of its own, whose memory peak shows that nothing was decoded."""
+def outcome_alone(data: bytes) -> tuple[str, int]:
+    """The code of a rejection and the growth of memory's peak, in kB, in a process of its own."""
     script = (
         "import resource, sys\n"
         "from fino_fast.data.declaration import ImagesDeclaration\n"
@@ -443,18 +443,48 @@ def test_a_bomb_is_refused_before_it_unfolds() -> None:
         "except ImageRejected as rejection:\n    print(rejection.code)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
-    data = bomb(12_000)
-    assert len(data) < 500_000
     done = subprocess.run(
         [sys.executable, "-c", script], input=data, capture_output=True, check=True
     )
-    # 144 million pixels are above the default limit; the smaller one falls by its ratio.
     code, grown = done.stdout.decode().split()
+    return code, int(grown)
+
+
+def test_a_bomb_is_refused_before_it_unfolds() -> None:
+    data = bomb(12_000)
+    assert len(data) < 500_000
+    # 144 million pixels are above the default limit; the smaller one falls by its ratio.
+    code, grown = outcome_alone(data)
     assert code == "too_large"
-    assert int(grown) < 20_000
+    assert grown < 20_000
     assert rejection(bomb(6_000)) == "expansion"
     # It is a sound image: only the limits stand against it.
     assert prepare(bomb(2_000), LIMITS).channels == 3
+
+
+def deflated(count: int, image: np.ndarray) -> bytes:
+    """A deflated DICOM file of `image`, behind which a private element holds `count` zeros."""
+    plain = dicom(image)
+    start = plain.index(b"\x08\0\x16\0UI")  # the first element behind the file meta group
+    syntax = b"1.2.840.10008.1.2.1"
+    place = plain.index(syntax + b"\0")
+    head = plain[: place - 2] + struct.pack("<H", 22) + syntax + b".99" + plain[place + 20 : start]
+    packer = zlib.compressobj(9, wbits=-15)
+    parts = [packer.compress(plain[start:])]
+    parts.append(packer.compress(b"\xfc\xff\xfc\xffOB\0\0" + struct.pack("<I", count)))
+    parts += [packer.compress(bytes(1 << 20)) for _ in range(count >> 20)]
+    return head + b"".join(parts) + packer.flush()
+
+
+def test_a_deflated_dicom_bomb_is_refused_before_it_unfolds() -> None:
+    image = noise("uint16", 1)[:, :, 0]
+    np.testing.assert_array_equal(converted(deflated(0, image))[:, :, 0], image)
+    data = deflated(400 << 20, image)
+    assert len(data) < 500_000
+    code, grown = outcome_alone(data)
+    assert code == "expansion"
+    # What is inflated to find out, and room for it to grow in; pydicom would take 400 MB and more.
+    assert grown < 200_000
 
 
 def test_blank_images_are_no_bombs() -> None:
