@@ -57,7 +57,7 @@ class Ingest(CommandModel):
     cluster (a Slurm array); the last one to end seals."""
     seed: int = Field(default=0, ge=0)
     """Seed of the one shuffle that spreads the rows over the shards."""
-    shard_bytes: int = Field(default=SHARD_BYTES, ge=1)
+    shard_bytes: int = Field(default=SHARD_BYTES, ge=1, le=1 << 40)
     """Size of a shard, about."""
     check: bool = True
     """Decode every image once before it is taken."""
@@ -151,7 +151,7 @@ class Verify(CommandModel):
         for fault in faults:
             print(fault)
         if faults:
-            raise DataError(f"{self.shards}: {len(faults)} of {len(sealed.shards)} shards differ")
+            raise DataError(f"{self.shards}: {len(faults)} shards or plans are not as sealed")
         print(f"{self.shards}: {sealed.samples} samples in {len(sealed.shards)} shards are sound")
         return 0
 

@@ -21,15 +21,17 @@ from .files import (
     canonical_json,
     local_copy,
     make_folder,
+    read_json,
     remove_temporaries,
     sha256_of,
 )
 from .known import check_unchanged, last_planned
 from .lock import locked
-from .manifest import Manifest
+from .manifest import MANIFEST, Manifest
 from .plan import (
     Inputs,
     Plan,
+    changed,
     check_rows,
     make_plan,
     plan_folder,
@@ -240,7 +242,7 @@ def read_plans(out: Location) -> list[Plan]:
     """All plans of a set, in order; a plan without its `plan.json` was never committed.
 
     Raises:
-        DataError: a plan is damaged.
+        DataError: a plan is damaged, or not the one by which the set was sealed.
     """
     plans: list[Plan] = []
     while (plan_folder(out, len(plans)) / "plan.json").is_file():
@@ -249,7 +251,20 @@ def read_plans(out: Location) -> list[Plan]:
         if (plan.generation, plan.first_row) != (len(plans), first_row):
             raise DataError(f"{plan_folder(out, len(plans))}: belongs to another place in a set")
         plans.append(plan)
+    for generation, digest in enumerate(_sealed_plans(out)):
+        # Without it, or by another one, committed shards would be written over.
+        if generation >= len(plans) or plans[generation].hash != digest:
+            raise DataError(changed(plan_folder(out, generation) / "plan.json"))
     return plans
+
+
+def _sealed_plans(out: Location) -> list[object]:
+    """Hashes of the plans that the last seal named, by whatever version."""
+    try:
+        plans = read_json(out / MANIFEST).get("plans")
+    except DataError:
+        return []  # none yet, or damaged: it is written anew
+    return plans if isinstance(plans, list) else []
 
 
 def _inputs(request: Request, table: Path) -> Inputs:

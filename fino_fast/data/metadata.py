@@ -20,6 +20,10 @@ from .schema import Encoded, Factor, Schema
 
 Records = NDArray[np.void]
 
+# Encoded values of one factor at a time, in packing: 10,000 names and a shard of 100,000 samples
+# would be 4 GB of indicators.
+_CELLS = 1 << 24
+
 
 def record_type(schema: Schema) -> np.dtype[np.void]:
     """The record of one sample: a field `f<i>` for the schema's i-th factor.
@@ -46,6 +50,14 @@ def pack(schema: Schema, raw: pa.Table) -> Records:
         DataError: a value is outside its vocabulary.
     """
     records = np.zeros(len(raw), record_type(schema))
+    widest = max(factor.width for factor in schema.factors.values())
+    rows = max(_CELLS // max(widest, 1), 1)
+    for start in range(0, len(raw), rows):
+        _pack_into(records[start : start + rows], schema, raw.slice(start, rows))
+    return records
+
+
+def _pack_into(records: Records, schema: Schema, raw: pa.Table) -> None:
     for i, (name, factor) in enumerate(schema.factors.items()):
         values = factor.encode(raw[FACTOR + name].combine_chunks())
         if factor.kind == "multi":
@@ -54,7 +66,6 @@ def pack(schema: Schema, raw: pa.Table) -> Records:
             records[f"f{i}"][:, 1:] = np.packbits(values == 1, axis=1)
         else:
             records[f"f{i}"] = values
-    return records
 
 
 def unpack(factor: Factor, field: NDArray[np.generic]) -> Encoded:

@@ -37,6 +37,7 @@ from .spill import Shuffle, Spill, regrouped, scratch_folder
 from .survey import surveyed
 from .table import Rows
 
+_LAST_SHARD, _LAST_GENERATION = 999_999, 9_999
 FACTOR = "factor:"
 """Prefix of the columns that hold raw metadata in every Parquet file of a set."""
 
@@ -133,9 +134,15 @@ def make_plan(
         previous: the frozen schema of the earlier generations.
 
     Raises:
-        DataError: the rows give no usable schema.
+        ConfigError: more shards than their names can count.
+        DataError: the rows give no usable schema, or rows were added too often.
         DiskFullError: no room left.
     """
+    if generation > _LAST_GENERATION:
+        raise DataError(
+            f"{out}: rows were added {_LAST_GENERATION} times, which is all that names of shards "
+            "count; ingest the whole table into another --out"
+        )
     schema = _frozen(declaration, rows, chosen, fresh, previous)
     count = int(np.count_nonzero(chosen))
     key = derive_key(inputs.seed, PLAN, generation)
@@ -216,12 +223,21 @@ def _write_rows(file: IO[bytes], pieces: Iterator[pa.Table], shards: list[Planne
 def _cut(
     sizes: NDArray[np.int64], generation: int, first_row: int, shard_bytes: int
 ) -> Iterator[PlannedShard]:
-    """Consecutive ranges of about `shard_bytes`; a larger image has a shard of its own."""
+    """Consecutive ranges of about `shard_bytes`; a larger image has a shard of its own.
+
+    Raises:
+        ConfigError: there are more of them than their names can count.
+    """
     # Members cost two headers and padding besides the image; small images would otherwise
     # make shards of many times the wanted size.
     ends = np.cumsum(sizes + 2048)
     start, number, before = 0, 0, 0
     while start < len(sizes):
+        if number > _LAST_SHARD:
+            raise ConfigError(
+                f"shard-bytes: {shard_bytes} makes more than {_LAST_SHARD + 1} shards of these "
+                f"{len(sizes)} rows; give more"
+            )
         end = max(int(np.searchsorted(ends, before + shard_bytes, side="right")), start + 1)
         yield PlannedShard(
             name=f"shard-{generation:04d}-{number:06d}",
@@ -239,7 +255,7 @@ def check_rows(out: Location, plan: Plan) -> None:
     """
     path = plan_folder(out, plan.generation) / "rows.parquet"
     if sha256_of(path) != plan.rows_sha256:
-        raise DataError(_changed(path))
+        raise DataError(changed(path))
 
 
 def planned_schema(out: Location, plan: Plan) -> Schema:
@@ -251,14 +267,15 @@ def planned_schema(out: Location, plan: Plan) -> Schema:
     path = plan_folder(out, plan.generation) / "schema.json"
     schema = Schema.read(path)
     if schema.hash != plan.schema_sha256:
-        raise DataError(_changed(path))
+        raise DataError(changed(path))
     return schema
 
 
-def _changed(path: Location) -> str:
+def changed(path: Location) -> str:
+    """What to say of a plan's file that is another one."""
     return (
-        f"{path}: is not the file that was planned (its SHA-256 differs); restore it, or ingest "
-        "into another --out"
+        f"{path}: is not the file that was planned (missing, or another SHA-256); restore it, or "
+        "ingest into another --out"
     )
 
 

@@ -12,6 +12,7 @@ from fino_fast.errors import DataError
 from .files import Location, open_read, parquet_source, sha256_of
 from .index import FORMS, place_of
 from .manifest import SealedShard
+from .plan import Plan, check_rows, plan_folder, planned_schema
 from .shardset import ShardSet, check_file
 from .tar import BLOCK, member_header
 from .write import Receipt
@@ -25,7 +26,7 @@ def verify(folder: Location, progress: Callable[[SealedShard], None] | None = No
         progress: called after each shard.
 
     Returns:
-        One line for each fault that concerns a shard; empty when all is well.
+        One line for each shard or plan that is not as it was sealed; empty when all is well.
 
     Raises:
         DataError: the set cannot even be opened (not sealed, a shard cut, the index damaged), or
@@ -37,6 +38,11 @@ def verify(folder: Location, progress: Callable[[SealedShard], None] | None = No
     for file in (sealed.schema_file, sealed.index, sealed.metadata, sealed.table):
         check_file(folder, file)
     faults: list[str] = []
+    for generation, digest in enumerate(sealed.plans):
+        try:
+            _verify_plan(folder, generation, digest)
+        except DataError as error:
+            faults.append(f"{error}; readers need no plan, adding rows does")
     first = 0
     for number, shard in enumerate(shards.manifest.shards):
         try:
@@ -49,6 +55,19 @@ def verify(folder: Location, progress: Callable[[SealedShard], None] | None = No
         if progress:
             progress(shard)
     return faults
+
+
+def _verify_plan(folder: Location, generation: int, digest: str) -> None:
+    """Check what a later ingest reads of an earlier one.
+
+    Raises:
+        DataError: a file is missing or changed.
+    """
+    plan = Plan.read(plan_folder(folder, generation))
+    if plan.hash != digest:
+        raise DataError(f"{plan_folder(folder, generation)}/plan.json: is not what was sealed")
+    check_rows(folder, plan)
+    planned_schema(folder, plan)
 
 
 def _verify_shard(shards: ShardSet, number: int, shard: SealedShard, first: int) -> None:

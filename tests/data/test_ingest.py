@@ -1,7 +1,9 @@
 """Ingestion: what a set holds, that reruns converge, that nothing is lost or changed silently."""
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def
 
 from fino_fast.data import ShardSet
@@ -23,7 +27,7 @@ from fino_fast.data.ingest import Allowance, ingest
 from fino_fast.data.sources import Root
 from fino_fast.data.stored import ImageRejected
 from fino_fast.data.verify import verify
-from fino_fast.errors import ConfigError, DataError, TooManyRejectsError
+from fino_fast.errors import ConfigError, DataError, FinoError, TooManyRejectsError
 
 from .labs import Lab, Serial, make_lab, pixels, png
 
@@ -119,14 +123,16 @@ def test_shards_are_read_by_tar_webdataset_and_dali(lab: Lab) -> None:
 
 
 def test_same_bytes_from_1_2_and_7_workers(lab: Lab) -> None:
+    """With more shards than workers, which end in any order."""
     lab.rows.append(lab.rows[0] | {"id": "gone", "file": "gone.png"})
     lab.save()
     outputs = []
     for workers in (1, 2, 7):
         out = lab.root / f"out{workers}"
         allowed = Allowance(count=1)
-        ingest(lab.request(out=out, max_reject=allowed), LocalEngine(workers))
+        ingest(lab.request(out=out, max_reject=allowed, shard_bytes=8000), LocalEngine(workers))
         outputs.append(content(out))
+    assert sum(name.endswith(".tar") for name in outputs[0]) > 7
     assert outputs[0] == outputs[1] == outputs[2]
 
 
@@ -216,6 +222,17 @@ def test_a_changed_plan_is_refused(lab: Lab, name: str) -> None:
     lab.rows.append(lab.rows[0] | {"id": "later"})
     with pytest.raises(DataError, match=rf"plan-0000/{name}: is not the file that was planned"):
         lab.ingest()
+
+
+def test_a_sealed_set_is_not_written_over_where_its_plan_is_gone(lab: Lab) -> None:
+    """Another table, whose plan would give its shards the same names."""
+    lab.ingest()
+    shutil.rmtree(lab.out / "plan-0000")
+    sealed = content(lab.out)
+    lab.rows = lab.rows[::-2]
+    with pytest.raises(DataError, match=r"plan-0000/plan\.json: is not the file .*missing"):
+        lab.ingest()
+    assert content(lab.out) == sealed
 
 
 def test_a_table_that_grew_while_an_ingest_was_broken_off(lab: Lab) -> None:
@@ -399,23 +416,30 @@ def test_rejects_can_be_tried_again_after_repair(lab: Lab) -> None:
 
 
 def test_a_file_that_changes_between_plan_and_write(lab: Lab) -> None:
+    """By its time of change, by its size alone, or by being gone."""
+
     class Meddling(Serial):
-        """Changes one image after the plan was made."""
+        """Changes images after the plan was made."""
 
         def run(self, function: Any, tasks: Any) -> Any:
-            for name in ("0002.jpg", "0005.png"):
-                path = lab.images / name
-                stamp = path.stat().st_mtime_ns
-                path.write_bytes(png(pixels(99), "PNG" if name.endswith("png") else "JPEG"))
-                os.utime(path, ns=(stamp + 10**9, stamp + 10**9))
+            if tasks:  # the first time it runs what earlier ingests left
+                for name, later in (("0002.jpg", 10**9), ("0005.png", 10**9), ("0007.png", 0)):
+                    path = lab.images / name
+                    before = path.stat()
+                    data = png(pixels(99), "PNG" if name.endswith("png") else "JPEG")
+                    path.write_bytes(data if later else path.read_bytes() + b"more")
+                    os.utime(path, ns=(before.st_mtime_ns + later,) * 2)
+                (lab.images / "0009.png").unlink()
             return super().run(function, tasks)
 
     lab.save()
-    ingest(lab.request(max_reject=Allowance(count=2)), Meddling())
+    ingest(lab.request(max_reject=Allowance(count=4)), Meddling())
     rejects = pq.read_table(lab.out / "rejects.parquet").to_pylist()
     assert {row["path"]: row["code"] for row in rejects} == {
         "0002.jpg": "source_changed",
         "0005.png": "source_changed",
+        "0007.png": "source_changed",
+        "0009.png": "missing_file",
     }
 
 
@@ -501,6 +525,44 @@ def test_pieces_of_table_and_shuffle_make_no_difference_to_the_plan(
     lab.rows[50]["camera"], lab.rows[3]["exposure"] = "other", "1.5"
     with pytest.raises(DataError, match=r"differs .* in 2 cells.*\n(.|\n)*id 's0050': camera was"):
         lab.ingest(out=tmp_path / "again")
+
+
+def test_more_shards_than_names_count(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fino_fast.data.plan._LAST_SHARD", 9)
+    with pytest.raises(ConfigError, match=r"shard-bytes: 1 makes more than 10 shards of these 24"):
+        lab.ingest(shard_bytes=1)
+    assert not list(lab.out.rglob("plan.json"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(
+        ["plan-0000/plan.json", "plan-0000/schema.json", "shard-0000-000001.json"]
+    ),
+    noise=st.binary(min_size=1, max_size=40),
+    place=st.floats(0, 1),
+    cut=st.booleans(),
+)
+def test_random_bytes_in_a_plan_or_receipt_end_a_rerun_well(
+    sealed_lab: tuple[Lab, dict[str, bytes]], name: str, noise: bytes, place: float, cut: bool
+) -> None:
+    """In nothing but one of our own errors; in no case is another file of the set changed."""
+    lab, whole = sealed_lab
+    data = whole[name]
+    start = int(place * len(data))
+    rest = b"" if cut else data[start + len(noise) :]
+    (lab.out / name).write_bytes(data[:start] + noise + rest)
+    with contextlib.suppress(FinoError):
+        ingest(lab.request(), Serial())
+    (lab.out / name).write_bytes(data)
+    assert content(lab.out) == whole
+
+
+@pytest.fixture(scope="module")
+def sealed_lab(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, dict[str, bytes]]:
+    lab = make_lab(tmp_path_factory.mktemp("sealed-lab") / "lab", 24)
+    lab.ingest()
+    return lab, content(lab.out)
 
 
 def test_a_pipe_put_in_the_place_of_a_planned_file_is_rejected_at_once(lab: Lab) -> None:

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from fino_fast.data import Loader, ShardSet, Views
+from fino_fast.data import Loader, ShardSet, Views, metadata
 from fino_fast.data.index import records_start
-from fino_fast.data.metadata import MetadataFile, record_type
+from fino_fast.data.metadata import MetadataFile, pack, record_type
+from fino_fast.data.plan import FACTOR
 from fino_fast.errors import DataError
 
 from .labs import Lab
@@ -25,6 +27,13 @@ def test_records_are_what_the_table_encodes_to(sealed: ShardSet) -> None:
     # Nothing of this is trivial: every kind has missing and observed entries.
     assert (sealed.encoded("camera") == -1).any()
     assert all(np.isnan(sealed.encoded(name)).any() for name in ("exposure", "defects"))
+
+
+def test_pieces_make_no_difference(sealed: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = pa.table({FACTOR + name: sealed.raw_column(name) for name in sealed.schema.factors})
+    whole = pack(sealed.schema, raw)
+    monkeypatch.setattr(metadata, "_CELLS", 14)  # 7 rows of the widest factor, which has 2 columns
+    assert pack(sealed.schema, raw).tobytes() == whole.tobytes()
 
 
 def test_more_values_than_fit_into_one_byte(lab: Lab) -> None:

@@ -146,6 +146,23 @@ def test_a_changed_small_file_is_found(lab: Lab, shard: Path, pattern: str) -> N
     assert path.name in found
 
 
+@pytest.mark.parametrize("name", ["plan.json", "rows.parquet", "schema.json"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_changed_or_missing_plan_is_found_and_readers_do_without(
+    lab: Lab, shard: Path, name: str, gone: bool
+) -> None:
+    path = lab.out / "plan-0000" / name
+    whole = path.read_bytes()
+    path.unlink()
+    if not gone and name == "rows.parquet":
+        path.write_bytes(whole[:-9] + b"x" + whole[-8:])
+    elif not gone:
+        path.write_bytes(whole.replace(b"0", b"1", 1))
+    (fault,) = verify(lab.out)
+    assert "plan-0000" in fault
+    read_all(lab.open())
+
+
 @pytest.mark.parametrize(
     "pattern", ["MANIFEST.json", "index-*", "metadata-*", "samples-*", "schema-*"]
 )
