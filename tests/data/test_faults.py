@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,10 +101,24 @@ def test_a_task_that_keeps_killing_workers_is_named(
     assert content(tmp_path / "out") == expected
 
 
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, Path]:
+    """A lab of 24 rows, and the folder of a set that was sealed when it had 16."""
+    lab = make_lab(tmp_path_factory.mktemp("grown") / "lab", 24)
+    later, lab.rows = lab.rows[16:], lab.rows[:16]
+    lab.ingest()
+    lab.rows += later
+    lab.save()
+    out = lab.root / "undisturbed"
+    shutil.copytree(lab.out, out)
+    ingest(lab.request(out=out), Serial())
+    return lab, lab.out
+
+
 # Each ingest is killed one commit step later than the one before, until one comes to its end; then
 # its folder is looked at, and the ingest run again. All of it in forks, which spares the imports.
 KILLED_RUNS = """
-import itertools, os, pathlib, signal, sys, traceback
+import itertools, os, pathlib, shutil, signal, sys, traceback
 from fino_fast.data.ingest import ingest
 from fino_fast.data.shardset import ShardSet
 from fino_fast.data.verify import verify
@@ -113,6 +128,7 @@ from tests.data.test_ingest import content
 
 lab, outs = Lab(pathlib.Path(sys.argv[1]), SCHEMA), pathlib.Path(sys.argv[2])
 expected = pathlib.Path(sys.argv[3])
+former = pathlib.Path(sys.argv[4]) if sys.argv[4] else None
 replace = pathlib.Path.replace
 
 def in_child(work, *arguments):
@@ -142,8 +158,11 @@ def look(out):
     for tar in out.glob("*.tar"):
         assert tar.read_bytes() == (expected / tar.name).read_bytes()
     if (out / "MANIFEST.json").exists():
+        manifests = [each / "MANIFEST.json" for each in (expected, former) if each]
+        assert (out / "MANIFEST.json").read_bytes() in [path.read_bytes() for path in manifests]
         assert verify(out) == []
         return
+    assert former is None
     try:
         ShardSet.open(out)
     except DataError:
@@ -156,6 +175,8 @@ def rerun(out):
 
 for step in itertools.count(1):
     out = outs / str(step)
+    if former:
+        shutil.copytree(former, out)
     ended = in_child(killed, out, step)
     assert in_child(look, out) == 0
     assert in_child(rerun, out) == 0
@@ -166,13 +187,14 @@ for step in itertools.count(1):
 """
 
 
+@pytest.mark.parametrize("appending", [False, True])
 def test_a_driver_killed_at_every_commit_step(
-    clean: tuple[Lab, dict[str, bytes]], tmp_path: Path
+    clean: tuple[Lab, dict[str, bytes]], grown: tuple[Lab, Path], tmp_path: Path, appending: bool
 ) -> None:
-    """Before and after each rename: no reader ever sees a partial set, and a rerun converges to
-    the bytes of an undisturbed run, without leftovers."""
-    lab, _ = clean
-    arguments = [str(lab.root), str(tmp_path), str(lab.root / "undisturbed")]
+    """Before and after each rename: no reader ever sees a partial set, but none, the former or the
+    new one; and a rerun converges to the bytes of an undisturbed run, without leftovers."""
+    lab, former = grown if appending else (clean[0], "")
+    arguments = [str(lab.root), str(tmp_path), str(lab.root / "undisturbed"), str(former)]
     done = subprocess.run(
         [sys.executable, "-c", KILLED_RUNS, *arguments],
         capture_output=True,
@@ -181,17 +203,21 @@ def test_a_driver_killed_at_every_commit_step(
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 24
+    assert int(done.stdout) > (20 if appending else 24)
 
 
 def test_a_killed_driver_takes_its_workers_along(lab: Lab, tmp_path: Path) -> None:
-    """SIGKILL to the real command while its workers write; no orphan goes on, a rerun ends well."""
+    """SIGKILL to the real command while its workers write, and a second one has been refused; no
+    orphan goes on, no lock is left, a rerun ends well."""
     lab.save()
-    slow = subprocess.Popen(command(lab), env=os.environ | {"PYTHONPATH": slowed(tmp_path)})
+    slow = subprocess.Popen(command(lab), env=os.environ | {"PYTHONPATH": slowed(tmp_path, 3.0)})
     process = psutil.Process(slow.pid)
     wait_for(lambda: list(lab.out.glob(f"{TEMPORARY}*.tar.*")))
     workers = process.children(recursive=True)
     assert workers
+    rival = subprocess.run(command(lab), capture_output=True, text=True, check=False)
+    assert rival.returncode == 1
+    assert "another ingest is writing there; wait until it ends" in rival.stderr
     slow.kill()
     slow.wait()
     _, alive = psutil.wait_procs(workers, timeout=10)
@@ -237,8 +263,8 @@ def slow_to_start(folder: Path) -> str:
     return str(folder)
 
 
-def slowed(folder: Path) -> str:
-    """A folder for PYTHONPATH in which every process reads source files slowly."""
+def slowed(folder: Path, seconds: float = 0.3) -> str:
+    """A folder for PYTHONPATH in which every process takes so long to read a source file."""
     (folder / "sitecustomize.py").write_text(
         "import sys, time\n"
         "class Finder:\n"
@@ -247,7 +273,7 @@ def slowed(folder: Path) -> str:
         "            import fino_fast.data.sources as sources\n"
         "            read = sources.Root.read\n"
         "            def slow(*args):\n"
-        "                time.sleep(0.3)\n"
+        f"                time.sleep({seconds})\n"
         "                return read(*args)\n"
         "            sources.Root.read = slow\n"
         "sys.meta_path.insert(0, Finder())\n",
