@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -65,21 +66,13 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     Raises:
         Whatever Triton or ptxas raise where it does not compile.
     """
+    options, *specialization = specialised(launch, capability)
+    source = ASTSource(launch.kernel, *specialization)
     target = GPUTarget("cuda", capability, WARP)
-    backend = make_backend(target)
-    kernel = launch.kernel
-    settings = {"num_warps": launch.compiler.warps, "num_stages": launch.compiler.stages}
-    # As in JITFunction.run.
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = binder(**launch.arguments, **launch.constants, **settings)
-    options, signature, constants, attributes = kernel._pack_args(
-        backend, settings, bound, specialization, None
-    )
-    source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options.__dict__)
     registers, spilled = _ptxas(compiled.asm["ptx"], capability)
     return Compiled(
-        kernel.__name__,
+        launch.kernel.__name__,
         capability,
         registers,
         spilled,
@@ -87,6 +80,19 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         tuple(sorted(set(TENSOR_CORE.findall(compiled.asm["ptx"])))),
         ATOMIC.search(compiled.asm["ptx"]) is not None,
     )
+
+
+def specialised(launch: Launch, capability: int) -> tuple[Any, ...]:
+    """(options, signature, constants, attributes): what Triton compiles of a launch, and once only.
+
+    As in JITFunction.run.
+    """
+    backend = make_backend(GPUTarget("cuda", capability, WARP))
+    kernel = launch.kernel
+    settings = {"num_warps": launch.compiler.warps, "num_stages": launch.compiler.stages}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = binder(**launch.arguments, **launch.constants, **settings)
+    return tuple(kernel._pack_args(backend, settings, bound, specialization, None))
 
 
 @cache  # launches of other sizes often give the same code

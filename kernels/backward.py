@@ -131,7 +131,7 @@ def backward(
             min(sum(items), WORKERS),
             row,
             tiles.banks.compiler,
-            sweep_constants(spaces[0], tiles.banks, ()),
+            sweep_constants(spaces[0], tiles.banks),
             table=address,
             entries=len(table),
             **space,

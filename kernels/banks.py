@@ -7,7 +7,7 @@ too. A program finishes a tile's part of the rows alone; `combine` adds the part
 import triton
 import triton.language as tl
 
-from .epilogues import is_error, squared_errors
+from .epilogues import entropy_slope, is_error, squared_errors
 from .table import (
     CLASSES,
     FIELDS,
@@ -60,7 +60,7 @@ def bank_gradient(
             row_ok = rows < last_row
             s = inner_products(
                 (), vectors, vectors_stride, columns, column_ok, x, x_stride, rows, row_ok, depth,
-                TYPE, SUM, COLUMNS, ROWS, DEPTH, PRECISION, WIDEN,
+                SUM, COLUMNS, ROWS, DEPTH, PRECISION, WIDEN,
             )  # fmt: skip
             bias = tl.load(pointer(bank, OFFSET, SUM) + columns, mask=column_ok, other=0.0)
             s += bias[:, None]
@@ -77,19 +77,17 @@ def bank_gradient(
                 label = label.to(tl.int32)
                 takes_part = label >= 0
                 row_lse = tl.load(pointer(bank, LSE, SUM) + rows, mask=row_ok, other=0.0)
-                epsilon = number(bank, SMOOTHING, SUM)
-                g = tl.exp(s - row_lse[None, :]) - epsilon / classes
-                g -= tl.where(
-                    local[:, None] == (label - tile * COLUMNS)[None, :], 1.0 - epsilon, 0.0
-                )
-                g = tl.where(takes_part[None, :] & column_ok[:, None], g, 0.0)
+                g = entropy_slope(
+                    s, row_lse[None, :], local[:, None] == (label - tile * COLUMNS)[None, :],
+                    takes_part[None, :] & column_ok[:, None], number(bank, SMOOTHING, SUM), classes,
+                )  # fmt: skip
             offset_gradient += tl.sum(g, axis=1)
             at = work + local[:, None] * CHUNK + (start - chunk + step)[None, :]
             tl.store(at, coefficients(g, gain, TYPE))
             tl.store(used + start - chunk + step, takes_part.to(tl.int32))
         accumulate(
             work, last - chunk, x, x_stride, chunk, used, scratch, depth, begun,
-            TYPE, SUM, COLUMNS, CHUNK, STEP, WIDTH, PRECISION, WIDEN, True,
+            COLUMNS, CHUNK, STEP, WIDTH, PRECISION, WIDEN, True,
         )  # fmt: skip
         begun = 1
     factor = number(bank, WEIGHT, SUM) * tl.load(pointer(bank, INV_COUNT, SUM))
@@ -104,12 +102,12 @@ def bank_gradient(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "items", "workers", "n"])
 def banks_kernel(
     table, entries, items, work, used, scratch, scratch_size, workers, n, TYPE: tl.constexpr,
     SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, HOLDS: tl.constexpr, HELD: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     worker = tl.program_id(0)
     work += worker.to(tl.int64) * COLUMNS * CHUNK

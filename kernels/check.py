@@ -15,14 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .aot import SHARED_LIMIT, Compiled, compile_launch, record
+from .aot import SHARED_LIMIT, Compiled, compile_launch, record, specialised
 from .backward import Upstream, backward
 from .bank import Bank, Batch
+from .banks import banks_kernel
+from .combine import combine_kernel
 from .epilogues import OVERLAP, PAIRS, PROTOTYPE, TANH
 from .forward import forward, kept_groups
 from .launch import Launch
 from .operands import operands_kernel, sum_dtype
 from .page import write_between
+from .rows import rows_kernel
+from .sweep import sweep_kernel
 from .table import Kept
 from .tiles import TILES, Tiles, forced
 
@@ -33,12 +37,15 @@ ROWS, CLASSES, VIEWS = 4096, 10_000, 2
 WIDTHS = ((768, 256), (1537, 1))
 SMALL = 384  # a width that is held beside the widest ones
 HEADS, GROUPS = 2, 35
+# Other numbers of heads and rows, for which nothing is compiled again: the compiler knows of
+# multiples of 16 and of one; 16 banks.
+OTHERS = 14, 4106
 # Numbers of heads for which `operands` is compiled; the other kernels do not depend on them.
 MANY_HEADS = (12, 40)
 
 
 def launches(
-    dtype: torch.dtype, tiles: Tiles, widths: tuple[int, int], heads: int = HEADS
+    dtype: torch.dtype, tiles: Tiles, widths: tuple[int, int], heads: int = HEADS, rows: int = ROWS
 ) -> list[Launch]:
     """The launches of a step with banks of every kind, forward and backward.
 
@@ -47,18 +54,19 @@ def launches(
         tiles: of the chip.
         widths: of embedding and projection.
         heads: how many.
+        rows: N.
     """
     sums = sum_dtype(dtype)
 
     def tensor(*size: int, of: torch.dtype = sums) -> Tensor:
         return torch.empty(size, dtype=of, device="meta")
 
-    z, p = (tensor(ROWS, width, of=dtype) for width in widths)
-    one, labels, none = tensor(), tensor(ROWS, of=torch.int64), tensor(0, of=torch.int64)
+    z, p = (tensor(rows, width, of=dtype) for width in widths)
+    one, labels, none = tensor(), tensor(rows, of=torch.int64), tensor(0, of=torch.int64)
 
     def bank(kind: int, space: int, x: Tensor, vectors: Tensor) -> Bank:
         classes = vectors.shape[0]
-        target = labels if kind <= PROTOTYPE.value else tensor(ROWS, classes)
+        target = labels if kind <= PROTOTYPE.value else tensor(rows, classes)
         return Bank(
             kind, space, x, vectors, tensor(classes), target, one, tensor(classes, of=torch.int64),
             0.1 if kind == 0 else 0.0, 0.03, one,
@@ -68,7 +76,7 @@ def launches(
     banks = [bank(k, 0, z, tensor(2 if k > PROTOTYPE.value else CLASSES, widths[0])) for k in kinds]
     batch = Batch(VIEWS, 0, False)
     banks.append(Bank(PAIRS.value, 1, p, p, one, none, one, none, 0.0, 1.0, one, batch))
-    u = tensor(ROWS, widths[0], of=dtype)
+    u = tensor(rows, widths[0], of=dtype)
     means, zeros = tensor(GROUPS, widths[0]), tensor(GROUPS)
     banks.append(Bank(OVERLAP.value, 2, u, means, one, zeros, one, none, 0.0, 1.0, one))
     with forced(tiles), record() as recorded:
@@ -97,6 +105,9 @@ def compiled(
             held = {SMALL} | {s.holds for s in (*tiles.sweeps, *tiles.rows) if s.holds}
             every = dict.fromkeys((*WIDTHS, *((width, WIDTHS[0][1]) for width in sorted(held))))
             wanted = [launch for widths in every for launch in launches(dtype, tiles, widths)]
+            # Without prototypes the forward pass takes no gradient at the rows.
+            of_one = launches(dtype, tiles, WIDTHS[0], heads=1)
+            wanted += [launch for launch in of_one if launch.kernel is rows_kernel]
             for heads in MANY_HEADS:
                 of_many = launches(dtype, tiles, WIDTHS[0], heads)
                 wanted += [launch for launch in of_many if launch.kernel is operands_kernel]
@@ -104,10 +115,29 @@ def compiled(
     return results
 
 
+def compiled_again() -> list[str]:
+    """The kernels whose code depends on the number of rows or banks, in words."""
+    tiles = TILES[9, torch.bfloat16]
+    kernels = (sweep_kernel, rows_kernel, banks_kernel, combine_kernel)
+    of_step, of_another = (
+        [
+            (launch.kernel.__name__, specialised(launch, 90)[1:])
+            for launch in launches(torch.bfloat16, tiles, WIDTHS[0], heads, rows)
+            if launch.kernel in kernels
+        ]
+        for heads, rows in ((HEADS, ROWS), OTHERS)
+    )
+    return [
+        f"{kernel} is compiled again for another number of rows or banks; see do_not_specialize"
+        for (kernel, one), (_, another) in zip(of_step, of_another, strict=True)
+        if one != another
+    ]
+
+
 def faults(dtype: str, launch: Launch, result: Compiled) -> list[str]:
     """What is wrong with one compiled kernel, in words."""
     limit = SHARED_LIMIT[result.capability]
-    sweeps = "COLUMNS" in launch.constants
+    sweeps = "COLUMNS" in launch.constants and launch.constants.get("HELD") != ()
     where = f"{result.kernel}, {dtype}, sm_{result.capability}"
     found = {
         f"spills {result.spilled} bytes": result.spilled > 0,
@@ -124,19 +154,24 @@ def table(results: list[tuple[str, Launch, Compiled]]) -> str:
 
     Tiles that hold rows of different widths, or none, stand apart.
     """
-    rows: dict[tuple[str, str, int, int], list[Compiled]] = {}
+    held: dict[tuple[str, str, int, int], int] = {}
+    groups: dict[tuple[str, str, int, int], list[Compiled]] = {}
     for dtype, launch, result in results:
-        kernel, holds = result.kernel.removesuffix("_kernel"), launch.constants.get("HOLDS", 0)
-        rows.setdefault((kernel, dtype, result.capability, holds), []).append(result)
+        kernel, sizes = result.kernel.removesuffix("_kernel"), launch.constants
+        width = max(sizes.get("HELD", ()), default=0) * sizes["DEPTH"]
+        key = kernel, dtype, result.capability, sizes["ROWS"] if width else 0
+        held[key] = max(width, held.get(key, 0))
+        groups.setdefault(key, []).append(result)
     lines = [
         "| kernel | dtype | chip | rows held up to D | registers | spilled bytes | "
         "shared memory, KiB | tensor cores |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (kernel, dtype, capability, holds), group in sorted(rows.items()):
+    for key in sorted(groups, key=lambda key: (*key[:3], held[key])):
+        (kernel, dtype, capability, _), group = key, groups[key]
         instructions = sorted({name for result in group for name in result.tensor_core})
         lines.append(
-            f"| {kernel} | {dtype} | sm_{capability} | {holds or '—'} | "
+            f"| {kernel} | {dtype} | sm_{capability} | {held[key] or '—'} | "
             f"{max(r.registers for r in group)} | "
             f"{max(r.spilled for r in group)} | {max(r.shared for r in group) / 1024:.1f} | "
             f"{', '.join(instructions) or '—'} |"
@@ -156,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = compiled(tuple(chosen.dtypes), tuple(chosen.capabilities))
     text = table(results)
     print(text)
-    wrong = [fault for result in results for fault in faults(*result)]
+    wrong = [fault for result in results for fault in faults(*result)] + compiled_again()
     for fault in wrong:
         print(f"fault: {fault}", file=sys.stderr)
     if chosen.write is not None and not wrong:

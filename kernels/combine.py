@@ -104,7 +104,12 @@ def temperature_gradient(
     tl.store(out, tl.sum(total, axis=0) * factor)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "entries", "spaces", "kept", "kept_entries", "row_tiles", "row_work", "bank_work", "scale",
+        "inv_count", "upstream", "n",
+    ]
+)  # fmt: skip
 def combine_kernel(
     table, entries, spaces, kept, kept_entries, row_tiles, row_work, bank_work,
     along, scale, inv_count, upstream, grad_scale, n, TYPE: tl.constexpr, SUM: tl.constexpr,

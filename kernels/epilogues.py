@@ -59,6 +59,21 @@ def squared_errors(s, values, first, second, exists, kind):
 
 
 @triton.jit
+def entropy_slope(s, lse, is_target, takes_part, epsilon, classes):
+    """The derivative of a row's cross entropy at a tile of its logits, in either order of axes.
+
+    Args:
+        lse: log-sum-exps of the rows.
+        is_target: the entries of the rows' own classes.
+        takes_part: entries of rows with a label and of classes in the softmax.
+        epsilon: of the label smoothing.
+        classes: K.
+    """
+    g = tl.exp(s - lse) - epsilon / classes - tl.where(is_target, 1.0 - epsilon, 0.0)
+    return tl.where(takes_part, g, 0.0)
+
+
+@triton.jit
 def pair_masks(rows, columns, column_ok, local, images, first, two_tower):
     """([R, C] pairs that are in the softmax, [R, C] positive pairs) of view-major batches."""
     row, column = rows.to(tl.int32), columns.to(tl.int32)
@@ -74,13 +89,13 @@ def pair_masks(rows, columns, column_ok, local, images, first, two_tower):
 @triton.jit
 def logits(
     held, x, x_stride, rows, row_ok, norm, bank, bank_stride, columns, column_ok, offset, kind,
-    depth, TYPE: tl.constexpr, SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    depth, SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, COLUMNS] tile of ⟨x, bank⟩ · norm + bias."""
     s = inner_products(
         held, x, x_stride, rows, row_ok, bank, bank_stride, columns, column_ok, depth,
-        TYPE, SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
+        SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
     )  # fmt: skip
     bias = tl.load(offset + columns, mask=column_ok & ~is_cosine(kind), other=0.0)
     return s * norm[:, None] + bias[None, :]

@@ -18,7 +18,7 @@ from .operands import padded, starts
 from .rows import rows_kernel
 from .sweep import sweep_kernel
 from .table import Descriptor, words
-from .tiles import WORKERS, Gradient, Sizes, Tiles, holding, tiles_for
+from .tiles import WORKERS, Gradient, Sizes, Tiles, holding, pieces, tiles_for
 
 REDUCE_BLOCK = 1024
 # Programs into which a sweep is split where rows are few: one for every multiprocessor of a large
@@ -98,7 +98,7 @@ def forward(banks: list[Bank], groups: list[int], balanced: bool) -> Losses:
         programs,
         row,
         sizes.compiler,
-        sweep_constants(spaces[0], sizes, depths),
+        sweep_constants(spaces[0], sizes) | {"HELD": pieces(sizes, depths)},
         table=address,
         entries=len(banks),
         planes=partial.shape[1],
@@ -117,8 +117,8 @@ def launch_rows(
 ) -> None:  # fmt: skip
     """Launch `rows_kernel`: `reduced` banks, and the gradients of all groups of the table."""
     n = spaces[0].shape[0]
-    depths = {bank.depth for bank in table if bank.group >= 0} or {0}
-    sizes = holding(tiles.rows, max(depths))
+    depths = {bank.depth for bank in table if bank.group >= 0}
+    sizes = holding(tiles.rows, max(depths, default=0))
     row_tiles = triton.cdiv(n, sizes.rows)
     items = row_tiles * groups
     launch(
@@ -126,7 +126,7 @@ def launch_rows(
         reduced + min(items, WORKERS),
         result.lse,
         sizes.compiler,
-        sweep_constants(spaces[0], sizes, depths) | {"BLOCK": REDUCE_BLOCK},
+        sweep_constants(spaces[0], sizes) | {"HELD": pieces(sizes, depths), "BLOCK": REDUCE_BLOCK},
         table=address,
         entries=len(table),
         planes=planes,

@@ -1,6 +1,6 @@
 """The one place where kernels are launched: here launches are counted, recorded or compiled."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .tiles import Compiler, Gradient, Sizes, pieces
+from .tiles import Compiler, Gradient, Sizes
 
 Runner = Callable[["Launch"], None]
 
@@ -95,8 +95,8 @@ def sum_type(dtype: torch.dtype) -> Any:
     return element_type(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def sweep_constants(x: Tensor, sizes: Sizes, depths: Iterable[int]) -> dict[str, Any]:
-    """The compile-time arguments that sweeps over rows like `x`, of all these widths, take."""
+def sweep_constants(x: Tensor, sizes: Sizes) -> dict[str, Any]:
+    """The compile-time arguments that every sweep over rows like `x` takes."""
     constants = {
         "TYPE": element_type(x.dtype),
         "SUM": sum_type(x.dtype),
@@ -106,8 +106,6 @@ def sweep_constants(x: Tensor, sizes: Sizes, depths: Iterable[int]) -> dict[str,
         "PRECISION": input_precision(x),
         # The interpreter's bf16 product is wrong; there the operands are widened first.
         "WIDEN": bool(triton.knobs.runtime.interpret) and x.dtype == torch.bfloat16,
-        "HOLDS": sizes.holds,
-        "HELD": pieces(sizes, depths),
     }
     if isinstance(sizes, Gradient):
         constants |= {"STEP": sizes.step, "WIDTH": sizes.width, "CHUNK": sizes.chunk}

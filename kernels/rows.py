@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .epilogues import (
     PAIRS,
+    entropy_slope,
     is_cosine,
     is_error,
     logits,
@@ -56,7 +57,7 @@ from .tile import (
     coefficients,
     finish,
     hold,
-    pieces_of,
+    is_held_in,
 )
 
 
@@ -96,8 +97,8 @@ def reduce_bank(
             part_best = tl.load(predicted + at, mask=row_ok, other=-1)
             best = tl.where(part_peak > peak, part_best, best)
             peak = tl.maximum(peak, part_peak)
-            at_target += tl.load(partial + 2 * planes + at, mask=row_ok, other=0.0)
-            all_logits += tl.load(partial + 3 * planes + at, mask=row_ok, other=0.0)
+            at_target += tl.load(partial + planes + planes + at, mask=row_ok, other=0.0)
+            all_logits += tl.load(partial + planes + planes + planes + at, mask=row_ok, other=0.0)
         lse = joined(partial, splits, n, rows, row_ok)
         tl.store(lse_out + rows, lse, mask=row_ok)
         entropy = lse - (1.0 - epsilon) * at_target - epsilon / classes * all_logits
@@ -152,7 +153,7 @@ def rows_gradient(
             s = logits(
                 held, x, x_stride, rows, row_ok, norm, vectors, vectors_stride, columns, column_ok,
                 pointer(bank, OFFSET, SUM), kind, depth,
-                TYPE, SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
+                SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
             )  # fmt: skip
             if kind < 2:
                 counted = column_ok & is_cosine(kind)
@@ -160,10 +161,10 @@ def rows_gradient(
                 target = pointer(bank, TARGET, tl.int64)
                 label = tl.load(target + rows, mask=row_ok, other=-1).to(tl.int32)
                 present = (label >= 0)[:, None] & (column_ok & (seen > 0))[None, :]
-                epsilon = number(bank, SMOOTHING, SUM)
-                g = tl.exp(s - row_lse[:, None]) - epsilon / classes
-                g -= tl.where((label - start)[:, None] == step[None, :], 1.0 - epsilon, 0.0)
-                g = tl.where(present, g, 0.0)
+                g = entropy_slope(
+                    s, row_lse[:, None], (label - start)[:, None] == step[None, :], present,
+                    number(bank, SMOOTHING, SUM), classes,
+                )  # fmt: skip
                 s = tl.where(present, s, 0.0)
                 along += tl.sum(g * s, axis=1)
             else:
@@ -190,7 +191,7 @@ def rows_gradient(
             tl.store(at, coefficients(g, gain, TYPE))
         accumulate(
             work, last - chunk, vectors, vectors_stride, chunk, work, scratch, depth, begun,
-            TYPE, SUM, ROWS, CHUNK, STEP, WIDTH, PRECISION, WIDEN, False,
+            ROWS, CHUNK, STEP, WIDTH, PRECISION, WIDEN, False,
         )  # fmt: skip
         begun = 1
     if kind == PAIRS:
@@ -203,13 +204,15 @@ def rows_gradient(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["entries", "planes", "reduced", "row_tiles", "items", "workers", "n"]
+)
 def rows_kernel(
     table, entries, planes, reduced, losses, metrics, weighted, lse_out, row_tiles, items, work,
     scratch, scratch_size, workers, n, TYPE: tl.constexpr, BLOCK: tl.constexpr,
     SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, HOLDS: tl.constexpr, HELD: tl.constexpr,
+    WIDEN: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) < reduced:
         bank = table + tl.program_id(0) * FIELDS
@@ -229,7 +232,7 @@ def rows_kernel(
             x, x_stride, _, _, depth = operands_of(table + first * FIELDS, TYPE)
             rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
             for i in tl.static_range(len(HELD)):
-                if pieces_of(depth, HOLDS, DEPTH) == HELD[i]:
+                if is_held_in(HELD[i], depth, DEPTH):
                     held = hold(x, x_stride, rows, rows < n, depth, DEPTH, HELD[i])
                     for f in range(first, last):
                         bank = table + f * FIELDS

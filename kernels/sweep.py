@@ -48,7 +48,7 @@ from .table import (
     pointer,
     width,
 )
-from .tile import LOWEST, hold, pieces_of
+from .tile import LOWEST, hold, is_held_in
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def sweep_bank(
         column_ok = columns < classes
         s = logits(
             held, x, x_stride, rows, row_ok, norm, vectors, vectors_stride, columns, column_ok,
-            offset, kind, depth, TYPE, SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
+            offset, kind, depth, SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,
         )  # fmt: skip
         if is_error(kind):
             stride = integer(bank, TARGET_STRIDE)
@@ -127,17 +127,17 @@ def sweep_bank(
     lse = tl.where(total == 0, LOWEST, peak + tl.log(tl.where(total == 0, 1.0, total)))
     tl.store(out, lse, mask=row_ok)
     tl.store(out + planes, peak, mask=row_ok)
-    tl.store(out + 2 * planes, at_target, mask=row_ok)
-    tl.store(out + 3 * planes, all_logits, mask=row_ok)
+    tl.store(out + planes + planes, at_target, mask=row_ok)
+    tl.store(out + planes + planes + planes, all_logits, mask=row_ok)
     best_out = pointer(bank, BEST, tl.int32) + part.to(tl.int64) * n + rows
     tl.store(best_out, best, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "planes", "n"])
 def sweep_kernel(
     table, entries, planes, n, TYPE: tl.constexpr, SUM: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    HOLDS: tl.constexpr, HELD: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     lead = table + find(table, entries, FIELDS, FIRST_PROGRAM, program) * FIELDS
@@ -148,7 +148,7 @@ def sweep_kernel(
     x, x_stride, depth = pointer(lead, X, TYPE), width(lead, X_STRIDE), width(lead, DEPTH_OF)
     first, last = entries_of(table, entries, FIELDS, SPACE, integer(lead, SPACE))
     for i in tl.static_range(len(HELD)):
-        if pieces_of(depth, HOLDS, DEPTH) == HELD[i]:
+        if is_held_in(HELD[i], depth, DEPTH):
             held = hold(x, x_stride, rows, rows < n, depth, DEPTH, HELD[i])
             for f in range(first, last):
                 sweep_bank(

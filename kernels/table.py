@@ -27,7 +27,7 @@ class Descriptor:
     Attributes:
         number: of the bank in the step.
         space: of its rows.
-        kind: number in `fino_fast.ops.KINDS`, or PAIRS or OVERLAP of `epilogues`.
+        kind: number in `fino_fast.ops.KINDS`, or PAIRS of `epilogues`; of an overlap IDENTITY's.
         x, x_stride, depth: [N, W] rows, W the columns, in the dtype of the launch.
         norms: [N] inverse norms of the rows.
         bank, bank_stride, classes: [K, W] vectors.

@@ -40,12 +40,12 @@ def product(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def pieces_of(depth, HOLDS: tl.constexpr, DEPTH: tl.constexpr):
-    """In how many pieces a tile of rows of `depth` columns is held; 0: it is not."""
-    pieces = 0  # known to the compiler where no tile is held
-    if HOLDS > 0:
-        pieces = tl.where(depth <= HOLDS, tl.cdiv(depth, DEPTH), 0)
-    return pieces
+def is_held_in(pieces: tl.constexpr, depth, DEPTH: tl.constexpr):
+    """Whether a tile of rows of `depth` columns is held in so many pieces; 0: no tile is held."""
+    matches = True  # known to the compiler where no tile is held
+    if pieces > 0:
+        matches = tl.cdiv(depth, DEPTH) == pieces
+    return matches
 
 
 @triton.jit
@@ -79,11 +79,11 @@ def hold(matrix, stride, rows, row_ok, depth, DEPTH: tl.constexpr, PIECES: tl.co
 
 @triton.jit
 def inner_products(
-    held, a, a_stride, a_rows, a_ok, b, b_stride, b_rows, b_ok, depth, TYPE: tl.constexpr,
-    SUM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    held, a, a_stride, a_rows, a_ok, b, b_stride, b_rows, b_ok, depth, SUM: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """[A, B] tile of a·bᵀ, products in TYPE; a is read only where it is not `held`."""
+    """[A, B] tile of a·bᵀ; a is read only where it is not `held`."""
     total = tl.zeros([A, B], dtype=SUM)
     if len(held) > 0:
         right = load_piece(b, b_stride, b_rows, b_ok, 0, depth, DEPTH, len(held))
@@ -126,9 +126,8 @@ def coefficients(g, gain, TYPE: tl.constexpr):
 @triton.jit
 def accumulate(
     work, count, b, b_stride, first, inner_ok, scratch, depth, started,
-    TYPE: tl.constexpr, SUM: tl.constexpr, A: tl.constexpr, CHUNK: tl.constexpr,
-    STEP: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    CHECKED: tl.constexpr,
+    A: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """scratch = (scratch where `started` is 1) + coefficients · vectors first … of b.
 
@@ -156,7 +155,7 @@ def accumulate(
             right = load_tile(
                 b, b_stride, first + k + step.to(tl.int64), step_ok, width_0, depth, WIDTH
             )
-            total = product(left, right.to(TYPE), total, PRECISION, WIDEN)
+            total = product(left, right, total, PRECISION, WIDEN)
         tl.store(at, total)
     tl.debug_barrier()
 

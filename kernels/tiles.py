@@ -83,6 +83,9 @@ class Tiles:
     def __post_init__(self) -> None:
         if self.banks.rows != self.banks.columns:
             raise ValueError(f"tiles of banks are square, found {self.banks}")
+        for sizes in (self.sweeps[-1], self.rows[-1], self.banks):
+            if sizes.holds:
+                raise ValueError(f"the last take rows of any width and hold none, found {sizes}")
 
 
 AnySizes = TypeVar("AnySizes", bound=Sizes)
@@ -94,13 +97,17 @@ def holding(sizes: Sequence[AnySizes], depth: int) -> AnySizes:
 
 
 def pieces(sizes: Sizes, depths: Iterable[int]) -> tuple[int, ...]:
-    """In how many pieces rows of all these widths are held; 0: they are not."""
-    counts = (triton.cdiv(depth, sizes.depth) if depth <= sizes.holds else 0 for depth in depths)
+    """In how many pieces rows of all these widths are held; 0: they are not.
+
+    Args:
+        sizes: chosen by the widest of them.
+    """
+    counts = (triton.cdiv(depth, sizes.depth) if sizes.holds else 0 for depth in depths)
     return tuple(sorted(set(counts)))
 
 
 _HALF_80 = Tiles(
-    (Sizes(1024, 64, 32, 64, Compiler(8, 1)), Sizes(0, 128, 64, 32, Compiler(8, 3))),
+    (Sizes(1024, 64, 32, 64, Compiler(8, 1)), Sizes(0, 128, 64, 64, Compiler(8, 3))),
     (
         Gradient(768, 64, 32, 64, Compiler(8, 3), 32, 64, 512),
         Gradient(0, 64, 32, 32, Compiler(8, 3), 32, 64, 512),
@@ -112,22 +119,25 @@ _FP16_80 = replace(
     _HALF_80,
     rows=(Gradient(768, 64, 32, 64, Compiler(8, 3), 32, 32, 512), _HALF_80.rows[-1]),
 )
+# Of sm_90 and later, for rows of any width, and for the banks.
+_ANY_WIDTH_HALF = Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 64, 512)
+_ANY_WIDTH_SINGLE = Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256)
 _HALF_90 = Tiles(
     (
         Sizes(768, 128, 64, 64, Compiler(8, 1)),
-        Sizes(1024, 64, 32, 64, Compiler(8, 1)),
+        Sizes(1024, 64, 32, 64, Compiler(4, 1)),
         Sizes(0, 128, 64, 64, Compiler(8, 3)),
     ),
     (
         Gradient(768, 128, 32, 64, Compiler(8, 2), 32, 64, 512),
-        Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 64, 512),
+        _ANY_WIDTH_HALF,
     ),
-    Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 64, 512),
+    _ANY_WIDTH_HALF,
 )
 _HALF_100 = Tiles(
     (Sizes(768, 128, 32, 64, Compiler(8, 1)), Sizes(0, 128, 64, 64, Compiler(8, 3))),
-    (Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 64, 512),),
-    Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 64, 512),
+    (_ANY_WIDTH_HALF,),
+    _ANY_WIDTH_HALF,
 )
 _SINGLE_80 = Tiles(
     (Sizes(256, 64, 16, 32, Compiler(8, 1)), Sizes(0, 64, 32, 32, Compiler(8, 2))),
@@ -136,13 +146,13 @@ _SINGLE_80 = Tiles(
 )
 _SINGLE_90 = Tiles(
     (Sizes(256, 64, 32, 16, Compiler(8, 1)), Sizes(0, 64, 32, 16, Compiler(8, 2))),
-    (Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256),),
-    Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256),
+    (_ANY_WIDTH_SINGLE,),
+    _ANY_WIDTH_SINGLE,
 )
 _SINGLE_100 = Tiles(
     (Sizes(0, 64, 32, 16, Compiler(8, 2)),),
-    (Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256),),
-    Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256),
+    (_ANY_WIDTH_SINGLE,),
+    _ANY_WIDTH_SINGLE,
 )
 _DOUBLE = Tiles(
     (Sizes(0, 32, 32, 16, Compiler(8, 2)),),
@@ -168,10 +178,11 @@ TILES = {
 # one chunk, so this bounds their memory.
 WORKERS = 512
 # Small enough for a test of a few rows to cross the borders of tiles and chunks.
+_INTERPRETER_GRADIENT = Gradient(0, 32, 32, 32, Compiler(4, 1), 32, 32, 64)
 INTERPRETER_TILES = Tiles(
-    (Sizes(96, 32, 32, 32, Compiler(4, 1)),),
-    (Gradient(96, 32, 32, 32, Compiler(4, 1), 32, 32, 64),),
-    Gradient(0, 32, 32, 32, Compiler(4, 1), 32, 32, 64),
+    (Sizes(96, 32, 32, 32, Compiler(4, 1)), Sizes(0, 32, 32, 32, Compiler(4, 1))),
+    (Gradient(96, 32, 32, 32, Compiler(4, 1), 32, 32, 64), _INTERPRETER_GRADIENT),
+    _INTERPRETER_GRADIENT,
 )
 
 _forced: Tiles | None = None

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,20 +17,19 @@ from kernel_case import described
 NAMES = {"banks", "combine", "operands", "rows", "sweep"}
 
 
-def run_check(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     # Another process: under the interpreter there is nothing to compile.
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     return subprocess.run(
-        [sys.executable, "-m", "fino_fast.kernels.check", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
     )
 
 
-def test_every_kernel_compiles_for_an_h100_within_its_limits() -> None:
-    result = run_check("--dtypes", "bfloat16", "--capabilities", "90")
+def test_every_kernel_compiles_for_an_h100_within_its_limits_as_the_page_says() -> None:
+    result = run("-m", "fino_fast.kernels.check", "--dtypes", "bfloat16", "--capabilities", "90")
     assert result.returncode == 0, result.stderr
+    page = Path(__file__).parents[2] / "docs" / "gpu.md"
+    assert set(result.stdout.splitlines()) <= set(page.read_text(encoding="utf-8").splitlines())
     rows = [line.split("|")[1:-1] for line in result.stdout.splitlines()[2:]]
     assert {row[0].strip() for row in rows} == NAMES
     for row in rows:
@@ -38,6 +38,20 @@ def test_every_kernel_compiles_for_an_h100_within_its_limits() -> None:
             assert "wgmma" in row[7]
     held = {(row[0].strip(), row[3].strip()) for row in rows}
     assert held >= {("sweep", "768"), ("sweep", "1024"), ("sweep", "—"), ("rows", "768")}
+
+
+def test_code_that_depends_on_the_number_of_rows_is_named() -> None:
+    """As that of a kernel would whose scalars Triton specialises, which is its default."""
+    result = run(
+        "-c",
+        "from fino_fast.kernels.check import compiled_again\n"
+        "from fino_fast.kernels.sweep import sweep_kernel\n"
+        "assert compiled_again() == []\n"
+        "for parameter in sweep_kernel.params: parameter.do_not_specialize = False\n"
+        "print(*compiled_again())",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("sweep_kernel is compiled again for another number of rows")
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
@@ -63,6 +77,8 @@ def test_faults_are_named() -> None:
     assert isinstance(launch, Launch)
     assert "COLUMNS" in launch.constants
     assert faults("float16", launch, sound) == []
+    reducing = replace(launch, constants=launch.constants | {"HELD": ()})
+    assert faults("float16", reducing, replace(sound, tensor_core=())) == []
     spoilt = replace(sound, spilled=8, shared=2 * SHARED_LIMIT[90], tensor_core=(), atomics=True)
     words = faults("float16", launch, spoilt)
     assert len(words) == 4

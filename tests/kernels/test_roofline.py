@@ -135,11 +135,15 @@ def test_heads(kind: Kind, dtype: torch.dtype, counted: Counted, device: torch.d
 def test_rows_are_read_once_for_all_banks_on_them(
     width: int, counted: Counted, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    """In a sweep once for every share of the banks; wider ones once for every tile of a bank."""
+    """In a sweep once for every share of the banks; once for every tile of a bank where there are
+    rows too wide to be held in the step.
+    """
     calls = heads_of_every_kind(N, width, M, torch.float32)
     alone = head_call("linear", N, 32, M, torch.float32, seed=50)
     x = calls[0].x
-    tiles = sum(triton.cdiv(len(call.bank), SWEEP.columns) for call in calls)
+    tiles, tiles_alone = (
+        sum(triton.cdiv(len(call.bank), SWEEP.columns) for call in of) for of in (calls, [alone])
+    )
     calls.insert(2, alone)  # the banks on the same rows are not neighbours
     counted.watched = [x, alone.x]
     for shares in (1, 3):
@@ -149,12 +153,18 @@ def test_rows_are_read_once_for_all_banks_on_them(
         counted.read.clear()
         run_heads(calls, device)
         held = width <= SWEEP.holds
-        expected = [(shares if held else tiles) * x.nbytes, shares * alone.x.nbytes]
+        expected = [
+            (shares if held else tiles) * x.nbytes,
+            (shares if held else tiles_alone) * alone.x.nbytes,
+        ]
         assert counted.read["sweep_kernel"] == expected
         # For the prototypes in the forward pass, for all others in the backward pass; and what is
         # along the rows, which unit rows of prototypes take off.
         along = int((calls[1].target >= 0).sum()) * width * x.itemsize
-        expected = [(2 if held else tiles) * x.nbytes + along, alone.x.nbytes]
+        expected = [
+            (2 if held else tiles) * x.nbytes + along,
+            (1 if held else tiles_alone) * alone.x.nbytes,
+        ]
         assert counted.read["rows_kernel"] == expected
 
 
