@@ -106,8 +106,8 @@ FactorDeclaration = Annotated[
 class TableDeclaration(StrictModel):
     """How a CSV is written; a Parquet table needs none of it but `missing`."""
 
-    delimiter: str = Field(default=",", min_length=1, max_length=1)
-    """What stands between two cells."""
+    delimiter: str = Field(default=",", pattern=r"^[\t !#-~]$")
+    """What stands between two cells: one ASCII sign, a tab, or a space; not the quotation mark."""
     decimal: Literal[".", ","] = "."
     """The decimal sign of numbers."""
     missing: list[str] = MISSING

@@ -216,6 +216,13 @@ def test_a_wrong_declaration_names_the_key(
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("delimiter", ["µ", '"', "\n", "", ";;"])
+def test_a_delimiter_that_no_table_has_is_refused(delimiter: str) -> None:
+    content = {"table": {"delimiter": delimiter}, "factors": {"f": CATEGORY | {"role": "ignore"}}}
+    with pytest.raises(ConfigError, match=r"table\.delimiter: .*found"):
+        Declaration.checked(content, "schema.yaml")
+
+
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     """YAML's own reader would keep the last, and drop a factor without a word."""
     path = tmp_path / "schema.yaml"
