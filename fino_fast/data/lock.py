@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from fino_fast.errors import DataError
 
@@ -41,7 +42,7 @@ def locked(lock: Location, what: str, wait: bool = False) -> Iterator[None]:
         wait: wait for it instead of refusing.
 
     Raises:
-        DataError: somebody else holds it, or the store cannot keep it.
+        DataError: somebody else holds it, or the file system or store cannot keep it.
     """
     if isinstance(lock, Path):
         with _file_locked(lock, what, wait):
@@ -72,10 +73,22 @@ def _file_locked(lock: Path, what: str, wait: bool) -> Iterator[None]:
                 raise DataError(
                     f"{lock.parent}: {what} is writing there; wait until it ends"
                 ) from error
-            # Whoever held it may have removed the file: then this lock is on nothing.
-            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            except OSError as error:
+                raise DataError(
+                    f"{lock}: cannot be locked: {error.strerror}; use a folder on a file system "
+                    "that keeps locks (some cluster file systems do so only when mounted for it)"
+                ) from error
+            if _is_at(lock, file):
                 yield
                 return
+
+
+def _is_at(lock: Path, file: IO[str]) -> bool:
+    """Whoever held the lock may have removed its file: then ours is on nothing."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), lock.stat())
+    except FileNotFoundError:
+        return False
 
 
 class _Lease:

@@ -54,29 +54,28 @@ def seal(out: Location, plans: list[Plan], receipts: list[Receipt]) -> Manifest:
     """
     _check_complete(out, plans, receipts)
     schema = planned_schema(out, plans[-1])
-    suffix = f"{plans[-1].generation:04d}"
-    names = [f"schema-{suffix}.json", f"index-{suffix}.npy", f"samples-{suffix}.parquet"]
-    names.append(f"metadata-{suffix}.npy")
     samples = sum(receipt.samples for receipt in receipts)
     if samples == 0:
         raise DataError(f"{out}: not one image could be taken; see {REJECTS}")
-    write_json(out / names[0], schema.content())
+    suffix = f"{plans[-1].generation:04d}"
+    schema_path, index_path = out / f"schema-{suffix}.json", out / f"index-{suffix}.npy"
+    table_path, metadata_path = out / f"samples-{suffix}.parquet", out / f"metadata-{suffix}.npy"
+    write_json(schema_path, schema.content())
     with (
-        committed(out / names[1]) as index,
-        committed(out / names[2]) as table,
-        committed(out / names[3]) as metadata,
+        committed(index_path) as index,
+        committed(table_path) as table,
+        committed(metadata_path) as metadata,
     ):
         _write_samples(index, table, metadata, out, receipts, schema)
-    sealed = [_sealed_file(out / name) for name in names]
     manifest = Manifest(
         planned=sum(plan.rows for plan in plans),
         samples=samples,
         rejected=sum(receipt.rejected for receipt in receipts),
         plans=[plan.hash for plan in plans],
-        schema_file=sealed[0],
-        index=sealed[1],
-        table=sealed[2],
-        metadata=sealed[3],
+        schema_file=_sealed_file(schema_path),
+        index=_sealed_file(index_path),
+        table=_sealed_file(table_path),
+        metadata=_sealed_file(metadata_path),
         shards=[receipt.sealed for receipt in receipts],
     )
     remove_temporaries(out)

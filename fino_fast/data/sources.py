@@ -20,6 +20,8 @@ from .stored import ImageRejected
 _CALL_BYTES = 1 << 30
 _CONNECTIONS = 16
 """Objects that a worker fetches at the same time."""
+_AHEAD_BYTES = 256 << 20
+"""Bytes of objects that a worker fetches ahead; a single larger one is fetched by itself."""
 
 
 class Source(NamedTuple):
@@ -212,14 +214,19 @@ class RemoteRoot:
 
         Some are fetched ahead, because a store answers late but many at once.
         """
-        ahead: deque[Future[bytes]] = deque()
+        ahead: deque[tuple[int, Future[bytes]]] = deque()
+        held = 0
         with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="fino-fetch") as pool:
             for source in sources:
-                ahead.append(pool.submit(self.read, *source))
-                if len(ahead) >= 2 * _CONNECTIONS:
-                    yield ahead.popleft().result
+                while ahead and (
+                    len(ahead) == 2 * _CONNECTIONS or held + source.size > _AHEAD_BYTES
+                ):
+                    held -= ahead[0][0]
+                    yield ahead.popleft()[1].result
+                held += source.size
+                ahead.append((source.size, pool.submit(self.read, *source)))
             while ahead:
-                yield ahead.popleft().result
+                yield ahead.popleft()[1].result
 
 
 def _read_all(descriptor: int, size: int) -> bytes:

@@ -20,7 +20,7 @@ _SLOW = 50e-6  # seconds a look-up; a local disk takes about 6 µs
 
 _Columns = tuple[list[Any], list[Any], list[Any], list[Any]]
 """The fields of `Finding`, a list each."""
-_NOTHING = Source("", 0, 0)
+_NOTHING = Source("", 0, 0)  # in the place of a file that cannot be taken
 
 
 def surveyed(images: Location, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:

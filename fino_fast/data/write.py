@@ -211,22 +211,28 @@ def _write_rows(tar: TarWriter, task: WriteTask, planned: pa.Table) -> Iterator[
 
 
 def _take(task: WriteTask, path: str, read: Read) -> Stored | Outcome:
-    """What to store of a planned row, or why it is rejected.
+    """What to store of a planned row, or why it is rejected."""
+    try:
+        stored = prepare(_fetched(task, path, read), task.limits, check=task.check)
+        if len(stored.payload) > _MAX_SAMPLE_BYTES:
+            raise ImageRejected("too_large", f"{len(stored.payload)} bytes; 4 GiB is the limit")
+    except ImageRejected as rejection:
+        return Outcome("rejected", rejection.code, rejection.detail)
+    return stored
+
+
+def _fetched(task: WriteTask, path: str, read: Read) -> bytes:
+    """A row's file.
 
     Raises:
         DataError: a store does not answer: that is no fault of the image.
     """
     try:
-        stored = prepare(read(), task.limits, check=task.check)
-        if len(stored.payload) > _MAX_SAMPLE_BYTES:
-            raise ImageRejected("too_large", f"{len(stored.payload)} bytes; 4 GiB is the limit")
-    except ImageRejected as rejection:
-        return Outcome("rejected", rejection.code, rejection.detail)
+        return read()
     except OSError as error:
         raise DataError(
             f"{task.images}/{path}: cannot be fetched: {error.strerror}; run the same command again"
         ) from error
-    return stored
 
 
 def _held(taken: Stored | Outcome) -> int:
