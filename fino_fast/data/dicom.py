@@ -159,12 +159,11 @@ def _pixels(pydicom: Any, dataset: Any) -> NDArray[Any]:
 
 
 def _modality(pydicom: Any, dataset: Any, pixels: NDArray[Any]) -> NDArray[Any]:
-    identity = (
-        float(dataset.get("RescaleSlope", 1) or 1) == 1
-        and float(dataset.get("RescaleIntercept", 0) or 0) == 0
-        and "ModalityLUTSequence" not in dataset
-    )
-    if identity:
+    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
+    slope = 1.0 if slope is None else float(slope)
+    if slope == 0:
+        raise ImageRejected("header_damaged", "a RescaleSlope of 0 leaves nothing of the image")
+    if slope == 1 and float(intercept or 0) == 0 and "ModalityLUTSequence" not in dataset:
         return pixels
     values: NDArray[Any] = pydicom.pixels.apply_modality_lut(pixels, dataset)
     return values.astype(np.float32)

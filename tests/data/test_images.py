@@ -246,6 +246,7 @@ def test_dicom_that_cannot_be_taken() -> None:
     image = noise("uint16", 1)[:, :52, 0]
     assert rejection(dicom(image, NumberOfFrames=2)) == "multi_page"
     assert rejection(dicom(image)[:-100]) == "decode_failed"
+    assert rejection(dicom(image, RescaleSlope="0", RescaleIntercept="0")) == "header_damaged"
     assert rejection(dicom(image, "PALETTE COLOR")) in ("unsupported_color", "decode_failed")
 
 
