@@ -44,6 +44,31 @@ def replaced_by(device: str, flags: int, file: IO[bytes]) -> None:
     os.close(other)
 
 
+def test_bytes_are_on_the_disk_before_the_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut cannot be made here: what the system is asked for, and in which order, can be
+    seen."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def seen_fsync(descriptor: int) -> None:
+        synced = Path(f"/proc/self/fd/{descriptor}").resolve()
+        size = synced.stat().st_size if synced.is_file() else 0
+        calls.append(f"fsync of {'the folder' if synced == tmp_path.resolve() else size}")
+        fsync(descriptor)
+
+    def seen_replace(path: Path, target: Path) -> Path:
+        calls.append("rename")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(Path, "replace", seen_replace)
+    with committed(tmp_path / "shard.tar") as file:
+        file.write(b"text")
+    assert calls == ["fsync of 4", "rename", "fsync of the folder"]
+
+
 def test_a_disk_that_fails_in_the_middle_is_named(tmp_path: Path) -> None:
     """The file turns read-only under it: an error of the system's that is no full disk."""
     path = tmp_path / "shard.tar"
