@@ -103,7 +103,7 @@ def path_of(run: Path, step: int) -> Path:
 
 
 def write_tensors(path: Path, write: Callable[[str], None]) -> None:
-    """Commit a safetensors file; an error of its writer is raised as the OSError that it was."""
+    """Commit a safetensors file; what its writer meets on the disk is an error of `committed`."""
     with committed(path) as file:
         try:
             write(file.name)

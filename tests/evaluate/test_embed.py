@@ -111,7 +111,7 @@ def test_a_writer_that_fails_leaves_nothing(
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(embedding, "samples_table", fails)
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(DataError, match=r"samples\.parquet: cannot be written: the disk is gone"):
         save(tmp_path / "out", found, sealed, source={})
     assert list(tmp_path.iterdir()) == []
 
