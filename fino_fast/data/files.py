@@ -64,7 +64,11 @@ def make_folder(folder: Location) -> None:
     """
     if isinstance(folder, Path):
         try:
+            new = [place for place in (folder, *folder.parents) if not place.exists()]
             folder.mkdir(parents=True, exist_ok=True)
+            # A power cut must not take the folder away with what was committed in it.
+            for place in new:
+                sync_folder(place.parent)
         except OSError as error:
             kind = DiskFullError if error.errno in FULL else DataError
             raise kind(f"{folder}: cannot be made a folder: {error.strerror}") from error

@@ -8,7 +8,7 @@ from typing import IO
 
 import pytest
 
-from fino_fast.data.files import committed, committed_folder
+from fino_fast.data.files import committed, committed_folder, make_folder
 from fino_fast.errors import DataError, DiskFullError
 
 # In a mount namespace of its own, whose root may not write to "$1" either.
@@ -111,3 +111,22 @@ def test_a_folder_that_came_into_being_meanwhile_is_kept(tmp_path: Path) -> None
         "report",
         "report/theirs.md",
     ]
+
+
+def test_new_folders_are_on_the_disk_and_old_ones_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    fsync = os.fsync
+
+    def seen_fsync(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").resolve())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    root = tmp_path.resolve()
+    make_folder(tmp_path / "a" / "b")
+    assert sorted(synced) == [root, root / "a"]
+    synced.clear()
+    make_folder(tmp_path / "a" / "b")
+    assert synced == []
