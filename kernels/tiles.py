@@ -121,7 +121,6 @@ _FP16_80 = replace(
 )
 # Of sm_90 and later, for rows of any width, and for the banks.
 _ANY_WIDTH_HALF = Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 64, 512)
-_ANY_WIDTH_SINGLE = Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256)
 _HALF_90 = Tiles(
     (
         Sizes(768, 128, 64, 64, Compiler(8, 1)),
@@ -144,15 +143,17 @@ _SINGLE_80 = Tiles(
     (Gradient(0, 32, 32, 32, Compiler(8, 2), 32, 32, 256),),
     Gradient(0, 32, 32, 32, Compiler(8, 2), 32, 32, 256),
 )
+# Eight warps spill, where products are plain TensorFloat-32.
+_FOUR_WARPS = Gradient(0, 32, 32, 16, Compiler(4, 2), 16, 32, 256)
 _SINGLE_90 = Tiles(
     (Sizes(256, 64, 32, 16, Compiler(8, 1)), Sizes(0, 64, 32, 16, Compiler(8, 2))),
-    (_ANY_WIDTH_SINGLE,),
-    _ANY_WIDTH_SINGLE,
+    (_FOUR_WARPS,),
+    _FOUR_WARPS,
 )
 _SINGLE_100 = Tiles(
     (Sizes(0, 64, 32, 16, Compiler(8, 2)),),
-    (_ANY_WIDTH_SINGLE,),
-    _ANY_WIDTH_SINGLE,
+    (Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256),),
+    Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256),
 )
 _DOUBLE = Tiles(
     (Sizes(0, 32, 32, 16, Compiler(8, 2)),),
