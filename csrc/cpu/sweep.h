@@ -14,7 +14,7 @@ namespace fino {
 // Bytes of products that a sweep holds at a time.
 constexpr int64_t scratch_bytes = int64_t{24} << 20;
 // The same where every block adds to a gradient as large as the bank: fewer blocks, fewer passes.
-constexpr int64_t trained_scratch_bytes = int64_t{80} << 20;
+constexpr int64_t trained_scratch_bytes = int64_t{40} << 20;
 
 // Rows of one block of `block_sweep`, so that its products, and what they become as operands, stay in
 // `scratch`.
