@@ -10,6 +10,8 @@ run), or sweeps without tensor cores.
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,7 +33,15 @@ from .table import Kept
 from .tiles import TILES, Tiles, forced
 
 CAPABILITIES = tuple(SHARED_LIMIT)
-DTYPES = ("bfloat16", "float16", "float32", "float64")
+TF32 = "tf32"
+# By name; float32 by plain TensorFloat-32 products, too.
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    TF32: torch.float32,
+    "float64": torch.float64,
+}
 ROWS, CLASSES, VIEWS = 4096, 10_000, 2
 # Of embedding and projection: what is usual, and what is not held and no load of 16 bytes fits.
 WIDTHS = ((768, 256), (1537, 1))
@@ -99,20 +109,40 @@ def compiled(
     """(dtype, launch, what the compiler made of it) of all of them."""
     results = []
     for name in dtypes:
-        dtype = getattr(torch, name)
         for capability in capabilities:
-            tiles = TILES[capability // 10, dtype]
-            held = {SMALL} | {s.holds for s in (*tiles.sweeps, *tiles.rows) if s.holds}
-            every = dict.fromkeys((*WIDTHS, *((width, WIDTHS[0][1]) for width in sorted(held))))
-            wanted = [launch for widths in every for launch in launches(dtype, tiles, widths)]
-            # Without prototypes the forward pass takes no gradient at the rows.
-            of_one = launches(dtype, tiles, WIDTHS[0], heads=1)
-            wanted += [launch for launch in of_one if launch.kernel is rows_kernel]
-            for heads in MANY_HEADS:
-                of_many = launches(dtype, tiles, WIDTHS[0], heads)
-                wanted += [launch for launch in of_many if launch.kernel is operands_kernel]
+            tiles = TILES[capability // 10, DTYPES[name]]
+            with products("high" if name == TF32 else "highest"):
+                wanted = every_launch(DTYPES[name], tiles)
+            if name == TF32:
+                # The others take no products.
+                wanted = [launch for launch in wanted if "PRECISION" in launch.constants]
             results += [(name, launch, compile_launch(launch, capability)) for launch in wanted]
     return results
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Inside, fp32 products have this precision (`torch.set_float32_matmul_precision`)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def every_launch(dtype: torch.dtype, tiles: Tiles) -> list[Launch]:
+    """The launches that are compiled for one chip."""
+    held = {SMALL} | {s.holds for s in (*tiles.sweeps, *tiles.rows) if s.holds}
+    every = dict.fromkeys((*WIDTHS, *((width, WIDTHS[0][1]) for width in sorted(held))))
+    wanted = [launch for widths in every for launch in launches(dtype, tiles, widths)]
+    # Without prototypes the forward pass takes no gradient at the rows.
+    of_one = launches(dtype, tiles, WIDTHS[0], heads=1)
+    wanted += [launch for launch in of_one if launch.kernel is rows_kernel]
+    for heads in MANY_HEADS:
+        of_many = launches(dtype, tiles, WIDTHS[0], heads)
+        wanted += [launch for launch in of_many if launch.kernel is operands_kernel]
+    return wanted
 
 
 def compiled_again() -> list[str]:
