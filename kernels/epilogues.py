@@ -60,13 +60,14 @@ def squared_errors(s, values, first, second, exists, kind):
 
 @triton.jit
 def entropy_slope(s, lse, is_target, takes_part, epsilon, classes):
-    """The derivative of a row's cross entropy at a tile of its logits, in either order of axes.
+    """∂(cross entropy of a row)/∂logits on a tile, softmax − (1 − ε)·[own class] − ε/K.
 
     Args:
-        lse: log-sum-exps of the rows.
-        is_target: the entries of the rows' own classes.
-        takes_part: entries of rows with a label and of classes in the softmax.
-        epsilon: of the label smoothing.
+        s: [R, C] logits, or [C, R].
+        lse: [R, 1] or [1, R], log-sum-exps of the rows.
+        is_target: like s, the entries of the rows' own classes.
+        takes_part: like s, rows with a label and classes in the softmax; elsewhere it is 0.
+        epsilon: ε of the label smoothing.
         classes: K.
     """
     g = tl.exp(s - lse) - epsilon / classes - tl.where(is_target, 1.0 - epsilon, 0.0)

@@ -24,6 +24,7 @@ from fino_fast.data.write import write_shard
 from fino_fast.errors import DataError, DiskFullError
 
 from .labs import Lab, Serial, make_lab, pixels, png
+from .mounts import in_own_mounts
 from .test_ingest import content
 
 
@@ -311,7 +312,7 @@ def test_a_full_disk_ends_with_code_3_and_a_rerun_completes(
     assert content(out) == expected
 
 
-# Inside a mount namespace of its own: a tmpfs of $1 bytes at $2, then the command twice, the second
+# In mounts of its own: a tmpfs of $1 bytes at $2, then the command twice, the second
 # time with room; what was committed in between keeps its bytes.
 FULL_TMPFS = """
 mount -t tmpfs -o size=$1 none "$2" || exit 77
@@ -334,15 +335,7 @@ def test_a_full_tmpfs(clean: tuple[Lab, dict[str, bytes]], tmp_path: Path) -> No
     place.mkdir()
     size = sum(map(len, whole.values())) * 3 // 4
     arguments = command(lab, *small, "--out", str(place / "out"))
-    done = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", FULL_TMPFS, "-", str(size), str(place), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
-    if done.returncode == 77 or "unshare failed" in done.stderr:
-        pytest.skip(f"no mount namespaces here: {done.stderr.strip()}")
+    done = in_own_mounts(FULL_TMPFS, str(size), str(place), *arguments)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     assert "No space left on device" in done.stderr
     assert done.stderr.endswith(whole["MANIFEST.json"].decode())

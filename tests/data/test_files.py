@@ -1,7 +1,6 @@
 """Files that are whole or absent: where a folder or disk does not take them, the error says so."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import IO
@@ -11,7 +10,9 @@ import pytest
 from fino_fast.data.files import committed, committed_folder, make_folder
 from fino_fast.errors import DataError, DiskFullError
 
-# In a mount namespace of its own, whose root may not write to "$1" either.
+from .mounts import in_own_mounts
+
+# In mounts of its own, where root may not write to "$1" either.
 READ_ONLY = """
 mount -t tmpfs none "$1" && mount -o remount,ro "$1" || exit 77
 exec "$2" -c "$3" "$1"
@@ -25,12 +26,7 @@ with committed(pathlib.Path(sys.argv[1], "report.md")) as file:
 
 
 def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
-    script = ["bash", "-c", READ_ONLY, "-", str(tmp_path), sys.executable, COMMIT]
-    done = subprocess.run(
-        ["unshare", "-rm", *script], capture_output=True, text=True, check=False, cwd=Path.cwd()
-    )
-    if done.returncode == 77 or "unshare failed" in done.stderr:
-        pytest.skip(f"no mount namespaces here: {done.stderr.strip()}")
+    done = in_own_mounts(READ_ONLY, str(tmp_path), sys.executable, COMMIT)
     assert done.stderr.splitlines()[-1] == (
         f"fino_fast.errors.DataError: {tmp_path}/report.md: cannot be written: "
         "Read-only file system"
