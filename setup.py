@@ -170,6 +170,7 @@ def native_build() -> dict[str, object]:
             "csrc/cpu/heads.cpp",
             "csrc/cpu/wide_head.cpp",
             "csrc/cpu/orthogonal.cpp",
+            "csrc/cpu/scratch.cpp",
             "csrc/cpu/views.cpp",
         ],
         define_macros=[(f"FINO_HAVE_{level.upper()}", "1") for level in LEVELS],

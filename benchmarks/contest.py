@@ -1,10 +1,10 @@
 """Contenders side by side: the same work, checked first, in interleaved rounds.
 
-A shared or throttled machine changes its speed within seconds. So every round runs all contenders
-one after another with a plain matrix product between them, and of each contender's runs the half
-counts that stood between the fastest products: a rule that looks at the machine alone, never at the
-contender. Reported are medians of these, their ratios, and the share of the rate of the products
-beside them.
+A shared or throttled machine changes its speed within seconds. So ours runs before and after every
+run of a peer, and a ratio is the peer's time over the mean of these two; reported is the median.
+A plain matrix product stands between all runs. For the seconds, and for the share of the rate of
+the products, of each contender's runs the half counts that stood between the fastest products: a
+rule that looks at the machine alone, never at the contender.
 """
 
 import ctypes
@@ -12,10 +12,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from fino_fast._C import release_scratch
 from torch import Tensor
 
 Step = Callable[[], list[Tensor]]  # one forward + backward; returns loss and gradients
@@ -59,37 +61,50 @@ def measure(
         return _seconds(lambda: square @ square)
 
     product()
-    round_seconds = sum(once[name] * repeats[name] for name in steps) + len(steps) * product()
+    peers = [name for name in steps if name != "native"]
+    seconds = {name: once[name] * repeats[name] for name in steps}
+    round_seconds = sum(seconds[name] + seconds["native"] + 2 * product() for name in peers)
     rounds = min(max(int(budget / round_seconds), 2), 9)
-    order = [name for name in steps if name != "native"]
     times: dict[str, list[float]] = {name: [] for name in steps}
     products: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    last: list[float] = []
+    turns = iter(peers * rounds)
+    before = product()
 
     def run(name: str) -> None:
         times[name].append(_seconds(steps[name], repeats[name]))
 
-    def peers() -> None:
+    def beside(name: str) -> None:
+        nonlocal before
+        after = product()
+        products[name].append((before, after))
+        before = after
+
+    def peer() -> None:
         if times["native"]:
-            products["native"].append((last.pop(), product()))
-        before = product()
-        for name in order:
+            beside("native")
+            name = next(turns)
             run(name)
-            after = product()
-            products[name].append((before, after))
-            before = after
-        last.append(before)
+            beside(name)
 
-    benchmark.pedantic(lambda: run("native"), setup=peers, rounds=rounds, warmup_rounds=0)
-    products["native"].append((last.pop(), product()))
+    benchmark.pedantic(
+        lambda: run("native"), setup=peer, rounds=1 + rounds * len(peers), warmup_rounds=0
+    )
+    beside("native")
 
+    around = [(first + second) / 2 for first, second in pairwise(times["native"])]
+    ratios = {
+        name: [
+            theirs / ours for theirs, ours in zip(times[name], around[i :: len(peers)], strict=True)
+        ]
+        for i, name in enumerate(peers)
+    }
     quiet = {name: _quiet_half(times[name], products[name]) for name in steps}
     median = {name: statistics.median(seconds for seconds, _ in quiet[name]) for name in steps}
     share = statistics.median(flops / seconds * beside for seconds, beside in quiet["native"])
     rate = 2 * SIDE**3 / statistics.median(beside for _, beside in quiet["native"])
     benchmark.extra_info.update(
         seconds=median,
-        speedup={name: median[name] / median["native"] for name in order},
+        speedup={name: statistics.median(ratios[name]) for name in peers},
         memory_mb=peak,
         saved_mb=saved,
         rounds=rounds,
@@ -151,7 +166,8 @@ def resident_peak() -> Iterator[list[float]]:
         line = next(ln for ln in status.read_text().splitlines() if ln.startswith("VmHWM"))
         return int(line.split()[1]) / 1024
 
-    # What earlier steps left with the allocator would be used again unseen.
+    # What earlier steps left with the kernels or the allocator would be used again unseen.
+    release_scratch()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
     before = high_water()

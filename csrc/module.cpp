@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "cpu/capability.h"
+#include "cpu/scratch.h"
 
 namespace py = pybind11;
 
@@ -26,6 +27,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("always"),
         "Multiply bf16 rows as they are (True), in fp32 (False), or as bf16 where the processor has "
         "instructions for it (None, the default). Sums are in fp32 in any case.");
+  m.def("release_scratch", &fino::release_scratch,
+        "Hand to the system what the CPU kernels keep of their working memory from call to call (at most "
+        "96 MB a process); returns its bytes. The next call asks for new memory.");
   m.def("loop_threads", [] {
     std::atomic<int> threads{0};
     at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { ++threads; });

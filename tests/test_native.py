@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -533,6 +534,7 @@ def test_extra_memory_at_16384_rows(term):
         f"""
         import torch
         from pathlib import Path
+        from fino_fast._C import release_scratch
         from fino_fast.native import Native
         from fino_fast.terms import ContrastiveCall, HeadCall, Step
 
@@ -550,6 +552,7 @@ def test_extra_memory_at_16384_rows(term):
                 offset = torch.zeros(10_000, requires_grad=True)
                 y = torch.randint(0, 10_000, (n,))
                 leaves += [bank, offset]
+            release_scratch()
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
             before = peak()
             if "{term}" == "contrastive":
@@ -567,6 +570,29 @@ def test_extra_memory_at_16384_rows(term):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 96
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "linear", "prototype", "tanh", "orthogonal"])
+def test_kept_memory_brings_nothing_into_the_next_call(kind):
+    extension = importlib.import_module("fino_fast._C")
+
+    def step(value: float) -> list[Tensor]:
+        torch.manual_seed(0)
+        if kind == "contrastive":
+            rows = torch.randn(1200, 16) * value
+            return contrastive_gradients(NATIVE, rows, 0.1, two_tower=False, views=2)
+        if kind == "orthogonal":
+            z, labels = torch.randn(1200, 300) * value, torch.randint(-1, 400, (1200,))
+            return orthogonal_gradients(z, labels, "preserve", NATIVE)
+        call = head_call(kind, 600, 16, 900)
+        return head_gradients(NATIVE, replace(call, x=(call.x.detach() * value).requires_grad_()))
+
+    extension.release_scratch()
+    fresh = step(1.0)
+    step(torch.nan)
+    assert all(torch.equal(a, b) for a, b in zip(fresh, step(1.0), strict=True))
+    assert 2**20 <= extension.release_scratch() <= 96 * 2**20
+    assert extension.release_scratch() == 0
 
 
 @pytest.fixture

@@ -1,38 +1,40 @@
-// Working memory of the sweeps: uninitialised, aligned, and backed by huge pages where it is large.
+// Working memory of the sweeps: uninitialised, aligned, and used again by the next call where it is large.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
-#include <new>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace fino {
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
+// Most that is kept between calls: a block of products each for the contrastive sweep and a trained head,
+// and what is narrowed or widened beside them.
+constexpr size_t most_kept_bytes = size_t{96} << 20;
+
+// At least `bytes` of memory, which `bytes` is raised to. Large blocks come from those that earlier calls
+// gave back; throws std::bad_alloc.
+void* take_scratch(size_t& bytes);
+
+// Keeps the block for a later call, or hands it to the system where enough is kept already.
+void give_back_scratch(void* memory, size_t bytes);
+
+// Hands all kept blocks to the system; returns their bytes.
+size_t release_scratch();
+
+struct GiveBack {
+  size_t bytes = 0;
+  void operator()(void* memory) const { give_back_scratch(memory, bytes); }
 };
 
 template <typename T>
-using Scratch = std::unique_ptr<T[], Free>;
+using Scratch = std::unique_ptr<T[], GiveBack>;
 
-// `count` uninitialised numbers. The allocator hands large blocks back to the system at once, so that
-// every call would pay a page fault for each 4 KB; a huge page is one fault for 2 MB.
+// `count` uninitialised numbers.
 template <typename T>
 Scratch<T> scratch(int64_t count) {
-  constexpr size_t line = 64, huge = size_t{2} << 20;
-  const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 1;
-  const size_t alignment = bytes >= 2 * huge ? huge : line;
-  const size_t whole = (bytes + alignment - 1) / alignment * alignment;
-  void* memory = std::aligned_alloc(alignment, whole);
-  if (memory == nullptr) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (alignment == huge) madvise(memory, whole, MADV_HUGEPAGE);
-#endif
-  return Scratch<T>(static_cast<T*>(memory));
+  size_t bytes = static_cast<size_t>(count) * sizeof(T) + 1;
+  void* memory = take_scratch(bytes);
+  return Scratch<T>(static_cast<T*>(memory), GiveBack{bytes});
 }
 
 }  // namespace fino

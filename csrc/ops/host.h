@@ -13,6 +13,7 @@
 #include "../cpu/capability.h"
 #include "../cpu/rows.h"
 #include "../cpu/runtime.h"
+#include "../cpu/scratch.h"
 
 // MKL's product of bf16 with sums in fp32, which PyTorch exports where it is built with MKL and has no
 // operator for. Null elsewhere.
@@ -132,18 +133,25 @@ Tensor dense(const Tensor& x) {
   return x.to(scalar_type<T>).contiguous();
 }
 
-// A contiguous matrix as operand of the products; a copy only where its dtype is another.
+// A matrix as operand of the products: where it is if it can be read there, else a copy in working memory.
 template <typename P>
 class Matrix {
  public:
-  explicit Matrix(const Tensor& x)
-      : tensor_(x.to(std::is_same_v<P, Bf16> ? at::kBFloat16 : scalar_type<P>).contiguous()) {}
+  explicit Matrix(const Tensor& x) : tensor_(x) {
+    constexpr auto type = std::is_same_v<P, Bf16> ? at::kBFloat16 : scalar_type<P>;
+    if (x.scalar_type() == type && x.is_contiguous()) return;
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    copy_ = scratch<P>(x.numel());
+    tensor_ = at::from_blob(copy_.get(), x.sizes(), type);
+    tensor_.copy_(x);
+  }
   const P* data() const { return static_cast<const P*>(tensor_.const_data_ptr()); }
   const P* row(int64_t i) const { return data() + i * width(); }
   int64_t height() const { return tensor_.size(0); }
   int64_t width() const { return tensor_.size(1); }
 
  private:
+  Scratch<P> copy_;
   Tensor tensor_;
 };
 

@@ -21,6 +21,7 @@
 #include "cpu/heads.h"
 #include "cpu/orthogonal.h"
 #include "cpu/rows.h"
+#include "cpu/scratch.h"
 #include "cpu/views.h"
 #include "cpu/wide_head.h"
 
@@ -388,6 +389,31 @@ void check_threads(std::mt19937& generator) {
   }
 }
 
+// A kept block belongs to one thread at a time, and is at least as large as it was asked for.
+void check_scratch() {
+  const auto use = [](int64_t own) {
+    for (int64_t round = 0; round < 40; ++round) {
+      const int64_t count = (300 + 50 * ((own + round) % 5)) * int64_t{1024};
+      const auto block = fino::scratch<int32_t>(count), other = fino::scratch<int32_t>(count / 2);
+      for (int64_t i = 0; i < count; i += 509) block[i] = int32_t(own);
+      other[0] = other[count / 2 - 1] = -1;
+      for (int64_t i = 0; i < count; i += 509)
+        if (block[i] != own) std::abort();
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int64_t own = 0; own < 3; ++own) threads.emplace_back(use, own);
+  for (std::thread& thread : threads) thread.join();
+  const size_t kept = fino::release_scratch();
+  if (kept == 0 || kept > fino::most_kept_bytes || fino::release_scratch() != 0) std::abort();
+  // More than is kept: the oldest go.
+  std::vector<fino::Scratch<char>> blocks;
+  for (int i = 0; i < 20; ++i) blocks.push_back(fino::scratch<char>(int64_t{7} << 20));
+  blocks.push_back(fino::scratch<char>(fino::most_kept_bytes + 1));
+  blocks.clear();
+  if (fino::release_scratch() > fino::most_kept_bytes) std::abort();
+}
+
 template <typename T, typename P = T>
 void check_sweeps() {
   std::mt19937 generator(0);
@@ -411,9 +437,6 @@ void check_projections() {
         for (const int64_t k : {2, 9}) check_orthogonal<T>(generator, 31, d, k, categories, overlap);
 }
 
-}  // namespace
-
-// The largest error since it was last asked for.
 // A box of an image as its mirrored views of one size: sums over the triangle filter, pixel by pixel.
 template <typename T>
 void check_view(std::mt19937& generator, const fino::Box& box, int64_t channels, int64_t size) {
@@ -462,7 +485,10 @@ void check_views(std::mt19937& generator) {
     }
 }
 
+// The largest error since it was last asked for.
 double taken() { return std::exchange(worst, 0); }
+
+}  // namespace
 
 int main() {
   check_sweeps<double>();
@@ -472,6 +498,7 @@ int main() {
   check_projections<float>();
   std::mt19937 generator(1);
   check_threads(generator);
+  check_scratch();
   check_views(generator);
   const double single = taken();
   check_sweeps<float, fino::Bf16>();
