@@ -62,7 +62,7 @@ def measure(
 
     product()
     peers = [name for name in steps if name != "native"]
-    turns: list[str | None] = [*peers] or [None]  # of the runs of ours, what runs before them
+    turns: list[str | None] = [*peers] or [None]  # what runs before each of ours but the first
     seconds = {name: once[name] * repeats[name] for name in steps}
     round_seconds = sum(
         seconds["native"] + product() + (seconds[name] + product() if name else 0.0)

@@ -127,9 +127,10 @@ def machine(files: list[dict[str, Any]]) -> str:
     when = " to ".join(dict.fromkeys((days[0], days[-1])))
     return (
         f"{torch.get_num_threads()} threads of {cpus[0]}, torch {torch.__version__}, {when}; fp32 "
-        f"where it does not say bf16. “× peer”: the peer's median time over ours, interleaved "
-        f"rounds, of each the half that ran beside the fastest matrix products. GEMM: share of the "
-        f"rate of these {SIDE}² fp32 products, counting only what the algorithm has to multiply. "
+        f"where it does not say bf16. “× peer”: the peer's time over that of ours right "
+        f"before and after it, median of all rounds. Time: median of the half of the runs that stood "
+        f"beside the fastest {SIDE}² fp32 products. GEMM: share of the rate of these, counting only "
+        f"what the algorithm has to multiply. "
         f"Memory: resident peak of one step, results included."
     )
 
