@@ -127,11 +127,10 @@ def machine(files: list[dict[str, Any]]) -> str:
     when = " to ".join(dict.fromkeys((days[0], days[-1])))
     return (
         f"{torch.get_num_threads()} threads of {cpus[0]}, torch {torch.__version__}, {when}; fp32 "
-        f"where it does not say bf16. “× peer”: the peer's time over that of ours right "
-        f"before and after it, median of all rounds. Time: median of the half of the runs that stood "
-        f"beside the fastest {SIDE}² fp32 products. GEMM: share of the rate of these, counting only "
-        f"what the algorithm has to multiply. "
-        f"Memory: resident peak of one step, results included."
+        f"where it does not say bf16. “× peer”: the peer's time over that of ours right before and "
+        f"after it, median of all rounds. Time: median of the half of the runs that stood beside "
+        f"the fastest {SIDE}² fp32 products. GEMM: share of the rate of these, counting only what "
+        f"the algorithm has to multiply. Memory: resident peak of one step, results included."
     )
 
 
