@@ -113,7 +113,7 @@ def parse(name: str, args: list[str]) -> Command:
     try:
         return cast(Command, CliApp.run(getattr(importlib.import_module(module), model), args))
     except ValidationError as error:
-        raise explain(error, "the command line") from error
+        raise explain(error, "the command line", options=True) from error
 
 
 if __name__ == "__main__":

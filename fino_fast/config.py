@@ -107,15 +107,22 @@ class CommandModel(BaseSettings):
         return (init_settings,)
 
 
-def explain(error: ValidationError, origin: str) -> ConfigError:
-    """A pydantic error as one that names each key, what was found and what is wrong with it."""
+def explain(error: ValidationError, origin: str, options: bool = False) -> ConfigError:
+    """A pydantic error as one that names each key, what was found and what is wrong with it.
+
+    Args:
+        origin: where the keys came from, for the message.
+        options: name keys as options of a command line.
+    """
     lines = []
     for fault in error.errors(include_url=False):
         key = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+        if options:
+            key = "--" + key.replace("_", "-")
         if fault["type"] == "extra_forbidden":
             lines.append(f"unknown key {key!r}")
         elif fault["type"] == "missing":
-            lines.append(f"missing key {key!r}")
+            lines.append(f"{key} is missing" if options else f"missing key {key!r}")
         else:
             lines.append(f"{key}: {fault['msg']} (found {fault['input']!r})")
     return ConfigError(f"{origin}: " + "; ".join(lines))

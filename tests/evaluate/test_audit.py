@@ -411,7 +411,7 @@ def test_wrong_input(
     assert main(["audit", str(taken), "--out", str(out)]) == 1
     assert "MANIFEST.json" in capsys.readouterr().err
     assert main(["audit", str(designed.folder)]) == 1
-    assert "missing key 'out'" in capsys.readouterr().err
+    assert "the command line: --out is missing" in capsys.readouterr().err
     assert not out.exists()
 
 
