@@ -6,9 +6,8 @@ that a schema lists. What is rejected says so in our own words: pydicom's messag
 
 import importlib.util
 import io
-import struct
 import zlib
-from typing import IO, Any
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +18,8 @@ from .declaration import ImagesDeclaration
 from .stored import ImageRejected, Stored, check_size, most_unfolded
 from .tiff import converted
 
-_HEAD = 4096  # bytes that surely hold a file's transfer syntax
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
-# Value representations in a file meta group whose length takes four bytes (PS3.5, 7.1.2).
-_LONG = (b"OB", b"OW", b"UN", b"UT")
+_DEFLATED = "1.2.840.10008.1.2.1.99"
 # Of every image, whatever its pixels are (PS3.3 C.7.6.3).
 _REQUIRED = ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")
 # Defined by PS3.3 C.7.6.3.1.2, without a meaning in grey or RGB here.
@@ -85,22 +81,40 @@ def refuse_deflated_bomb(file: IO[bytes]) -> None:
 
     Raises:
         ImageRejected: it is one.
-        struct.error, zlib.error: it is damaged.
+        MissingExtraError: pydicom is not installed.
+        Exception: it is damaged, in whatever way pydicom or zlib ran into.
     """
-    data = file.read(_HEAD)
-    if data[128:132] == b"DICM" and _DEFLATED in data:
-        data += file.read()
-        place = 132
-        while data[place : place + 2] == b"\2\0":  # the file meta group, which is not deflated
-            long = data[place + 4 : place + 6] in _LONG
-            (length,) = struct.unpack_from("<I" if long else "<H", data, place + (8 if long else 6))
-            place += (12 if long else 8) + length
-        room = most_unfolded(len(data))
-        if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[place:], room + 1)) > room:
+    if file.read(132)[128:] == b"DICM" and _transfer_syntax(file) == _DEFLATED:
+        start, packed = file.tell(), file.read()
+        size = start + len(packed)
+        room = most_unfolded(size)
+        if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, room + 1)) > room:
             raise ImageRejected(
-                "expansion", f"{len(data)} bytes of deflated DICOM would unfold to more than {room}"
+                "expansion", f"{size} bytes of deflated DICOM would unfold to more than {room}"
             )
     file.seek(0)
+
+
+def _transfer_syntax(file: IO[bytes]) -> str | None:
+    """That of the file meta group, behind which the file is left (PS3.10, 7.1).
+
+    Read as pydicom will read it, however it was forged.
+    """
+    from pydicom.filereader import read_dataset
+
+    start = file.tell()
+    for implicit in (False, True):
+        group = read_dataset(
+            cast(BinaryIO, file), is_implicit_VR=implicit, is_little_endian=True,
+            stop_when=lambda tag, _representation, _length: tag >> 16 != 2,
+        )  # fmt: skip
+        try:
+            syntax: str | None = group.get("TransferSyntaxUID")
+        except NotImplementedError:  # of no known representation: some writers leave them out
+            file.seek(start)
+        else:
+            return syntax
+    return None
 
 
 def _checked(pydicom: Any, data: bytes, limits: ImagesDeclaration) -> Any:

@@ -477,10 +477,20 @@ def deflated(count: int, image: np.ndarray) -> bytes:
     return head + b"".join(parts) + packer.flush()
 
 
-def test_a_deflated_dicom_bomb_is_refused_before_it_unfolds() -> None:
+@pytest.mark.parametrize("representation", [None, b"OB", b"OF"])
+def test_a_deflated_dicom_bomb_is_refused_before_it_unfolds(representation: bytes | None) -> None:
+    """Also where its file meta group begins with more than anybody writes there."""
     image = noise("uint16", 1)[:, :, 0]
-    np.testing.assert_array_equal(converted(deflated(0, image))[:, :, 0], image)
-    data = deflated(400 << 20, image)
+
+    def file(count: int) -> bytes:
+        data = deflated(count, image)
+        if representation is None:
+            return data
+        forged = b"\2\0\2\1" + representation + struct.pack("<HI", 0, 1 << 16) + bytes(1 << 16)
+        return data[:132] + forged + data[132:]
+
+    np.testing.assert_array_equal(converted(file(0))[:, :, 0], image)
+    data = file(400 << 20)
     assert len(data) < 500_000
     code, grown = outcome_alone(data)
     assert code == "expansion"
