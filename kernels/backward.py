@@ -13,7 +13,7 @@ from .bank import Bank, prepare
 from .banks import banks_kernel
 from .combine import combine_kernel
 from .epilogues import OVERLAP, PAIRS
-from .forward import MAX_SPLITS, REDUCE_BLOCK, Losses, launch_rows, room
+from .forward import MAX_SPLITS, REDUCE_BLOCK, Losses, launch_rows, number_walks, room
 from .launch import element_type, launch, sum_type, sweep_constants
 from .operands import padded, starts, sum_dtype
 from .table import Descriptor, Kept, Space, dtype_number, words
@@ -93,7 +93,6 @@ def backward(
         descriptor.weight, descriptor.upstream = bank.weight, start.gradient
         descriptor.guidance = bank.guidance
         if start.swept:
-            descriptor.group = bank.space
             shape = n, padded(bank.x.shape[1])
             if bank.space not in swept:
                 swept[bank.space] = row.new_empty(shape)
@@ -106,11 +105,10 @@ def backward(
         result.offset.append(grad_scale if bank.kind == PAIRS.value else None)
         if parts[index]:
             _describe_results(descriptor, bank, row, parts[index], shares[index], result)
-    groups = sorted(swept)
-    for descriptor in table:
-        descriptor.group = groups.index(descriptor.group) if descriptor.group >= 0 else -1
+    table = [table[e] for e in order]
+    walks = number_walks(table, tiles, n)
     records = [
-        words([table[e] for e in order]),
+        words(table),
         words(
             [
                 Space(swept.get(i), int(i in swept), padded(x.shape[1]), result.rows[i], x.shape[1])
@@ -120,10 +118,8 @@ def backward(
         words(kept),
     ]
     address = operands.launch([word for section in records for word in section])
-    if groups:
-        launch_rows(
-            address, table, spaces, tiles, len(groups), 0, 0, Losses(row, row, row, row, [])
-        )
+    if walks:
+        launch_rows(address, table, spaces, tiles, walks, 0, 0, Losses(row, row, row, row, []))
     if sum(items):
         space = room(spaces, row, sum(items), tiles.banks)
         launch(

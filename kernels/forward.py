@@ -86,12 +86,13 @@ def forward(banks: list[Bank], groups: list[int], balanced: bool) -> Losses:
         descriptor.lse, descriptor.best = partial[0, begin:], best[begin:]
         descriptor.weight = 1.0 if balanced else bank.weight
         descriptor.upstream, descriptor.guidance = one, one if balanced else bank.guidance
-        descriptor.group = groups[index]
         if groups[index] >= 0:
             shape = n, padded(bank.x.shape[1])
             descriptor.grad_x = kept.setdefault(groups[index], row.new_empty(shape))
     # Those that share rows, and among them those that share a gradient, are neighbours.
-    table.sort(key=lambda descriptor: (descriptor.space, descriptor.group))
+    order = sorted(range(len(banks)), key=lambda e: (banks[e].space, groups[e]))
+    table = [table[e] for e in order]
+    walks = number_walks(table, tiles, n)
     address = operands.launch(words(table))
     launch(
         sweep_kernel,
@@ -107,20 +108,45 @@ def forward(banks: list[Bank], groups: list[int], balanced: bool) -> Losses:
     losses, metrics, weighted = (row.new_empty(len(banks)) for _ in range(3))
     lse = row.new_empty(len(banks), n)
     result = Losses(losses, metrics, weighted, lse, [kept[group] for group in sorted(kept)])
-    launch_rows(address, table, spaces, tiles, len(kept), len(banks), partial.shape[1], result)
+    launch_rows(address, table, spaces, tiles, walks, len(banks), partial.shape[1], result)
     return result
 
 
+def number_walks(table: list[Descriptor], tiles: Tiles, n: int) -> int:
+    """Describe on which walk over a tile of rows every gradient at rows is taken; how many walks.
+
+    One walk takes all gradients at the rows of a space, so that the tile is read once. Where there
+    are too few tiles to fill a GPU, every gradient has one of its own.
+    """
+    together = triton.cdiv(n, _gradient_sizes(table, tiles).rows) >= WANTED_PROGRAMS
+    walks: dict[int, int] = {}
+    begun: set[int] = set()
+    for descriptor in table:
+        if descriptor.grad_x is None:
+            continue
+        gradient = id(descriptor.grad_x)
+        walk = descriptor.space if together else gradient
+        descriptor.walk = walks.setdefault(walk, len(walks))
+        descriptor.is_begun = int(gradient in begun)
+        begun.add(gradient)
+    return len(walks)
+
+
+def _gradient_sizes(table: list[Descriptor], tiles: Tiles) -> Gradient:
+    depths = [descriptor.depth for descriptor in table if descriptor.grad_x is not None]
+    return holding(tiles.rows, max(depths, default=0))
+
+
 def launch_rows(
-    address: Tensor, table: list[Descriptor], spaces: list[Tensor], tiles: Tiles, groups: int,
+    address: Tensor, table: list[Descriptor], spaces: list[Tensor], tiles: Tiles, walks: int,
     reduced: int, planes: int, result: Losses,
 ) -> None:  # fmt: skip
-    """Launch `rows_kernel`: `reduced` banks, and the gradients of all groups of the table."""
+    """Launch `rows_kernel`: `reduced` banks, and the gradients of all walks of the table."""
     n = spaces[0].shape[0]
-    depths = {bank.depth for bank in table if bank.group >= 0}
-    sizes = holding(tiles.rows, max(depths, default=0))
+    depths = {descriptor.depth for descriptor in table if descriptor.grad_x is not None}
+    sizes = _gradient_sizes(table, tiles)
     row_tiles = triton.cdiv(n, sizes.rows)
-    items = row_tiles * groups
+    items = row_tiles * walks
     launch(
         rows_kernel,
         reduced + min(items, WORKERS),

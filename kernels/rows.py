@@ -26,10 +26,10 @@ from .table import (
     FIELDS,
     FIRST,
     GRAD_X,
-    GROUP,
     GUIDANCE,
     IMAGES,
     INV_COUNT,
+    IS_BEGUN,
     KIND,
     LOCAL,
     LSE,
@@ -42,6 +42,7 @@ from .table import (
     TARGET_STRIDE,
     TWO_TOWER,
     UPSTREAM,
+    WALK,
     WEIGHT,
     entries_of,
     integer,
@@ -116,12 +117,12 @@ def reduce_bank(
 
 @triton.jit
 def rows_gradient(
-    held, bank, factor, tile, started, work, scratch, n, TYPE: tl.constexpr,
+    held, bank, factor, tile, work, scratch, n, TYPE: tl.constexpr,
     SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Adds factor · ∂Σ loss/∂x of one bank for one tile of rows, or writes it where `started` is 0.
+    """Adds factor · ∂Σ loss/∂x of one bank for one tile of rows, or writes it, the first.
 
     Of a contrastive term ∂Σ loss/∂s_ij + ∂Σ loss/∂s_ji is taken: s is symmetric, and the second is
     what the other row's loss, of any rank, sends to this row.
@@ -200,7 +201,8 @@ def rows_gradient(
     projected = projected & (norm < CLAMPED)
     finish(
         scratch, norm * (factor / gain), x, x_stride, projected, norm * norm * along * factor,
-        rows, row_ok, pointer(bank, GRAD_X, SUM), depth, started, SUM, ROWS, WIDTH, True,
+        rows, row_ok, pointer(bank, GRAD_X, SUM), depth, integer(bank, IS_BEGUN), SUM, ROWS, WIDTH,
+        True,
     )  # fmt: skip
 
 
@@ -228,7 +230,7 @@ def rows_kernel(
         for turn in range(tl.cdiv(items - worker, workers)):
             item = worker + turn * workers
             tile = item % row_tiles
-            first, last = entries_of(table, entries, FIELDS, GROUP, item // row_tiles)
+            first, last = entries_of(table, entries, FIELDS, WALK, item // row_tiles)
             x, x_stride, _, _, depth = operands_of(table + first * FIELDS, TYPE)
             rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
             for i in tl.static_range(len(HELD)):
@@ -240,6 +242,6 @@ def rows_kernel(
                         factor *= tl.load(pointer(bank, UPSTREAM, SUM))
                         factor *= tl.load(pointer(bank, GUIDANCE, SUM))
                         rows_gradient(
-                            held, bank, factor, tile, f - first, work, scratch, n,
+                            held, bank, factor, tile, work, scratch, n,
                             TYPE, SUM, ROWS, COLUMNS, DEPTH, STEP, WIDTH, CHUNK, PRECISION, WIDEN,
                         )  # fmt: skip

@@ -47,7 +47,8 @@ class Descriptor:
         first_program, shares, share_tiles: of the sweep of the space: how many shares the tiles of
             all its banks are split into, and how many tiles are in one.
         tiles_before: of the banks of the space before this one.
-        group, grad_x: [N, W] to which the gradient at the rows is added; −1 for none.
+        walk: of the tiles of rows on which the gradient at the rows is taken; −1 for none.
+        grad_x, is_begun: [N, W] to which it is added; 0 where it is the first in it.
         along: [N] ⟨x̂, ∂loss/∂x̂⟩ of a contrastive term.
         first_item, parts, share: of the gradient at the bank, how its rows are split.
         grad_bank, grad_offset: [parts, K, W] and [parts, K].
@@ -86,8 +87,9 @@ class Descriptor:
     shares: int = 0
     share_tiles: int = 0
     tiles_before: int = 0
-    group: int = -1
+    walk: int = -1
     grad_x: Word = None
+    is_begun: int = 0
     along: Word = None
     first_item: int = 0
     parts: int = 0
@@ -108,7 +110,7 @@ FIELDS = tl.constexpr(len(fields(Descriptor)))
     TARGET_STRIDE, COUNTS,
     SMOOTHING, INV_COUNT, LOCAL, IMAGES, FIRST, TWO_TOWER, COLUMN_LSE, LSE, BEST, SPLITS,
     WEIGHT, UPSTREAM, GUIDANCE, FIRST_PROGRAM, SHARES, SHARE_TILES,
-    TILES_BEFORE, GROUP, GRAD_X, ALONG, FIRST_ITEM, PARTS, SHARE,
+    TILES_BEFORE, WALK, GRAD_X, IS_BEGUN, ALONG, FIRST_ITEM, PARTS, SHARE,
     GRAD_BANK, GRAD_OFFSET, FIRST_TILE, BANK_OUT, BANK_TYPE, WIDTH_OF, OFFSET_OUT, OFFSET_TYPE,
 ) = (tl.constexpr(i) for i in range(FIELDS.value))  # fmt: skip
 

@@ -22,8 +22,19 @@ from fino_fast.terms import Step
 from fino_fast.triton import Triton
 
 
-def test_gradients_at_the_rows_with_the_loss(device: torch.device) -> None:
-    check_heads(heads_of_every_kind(37, 40, 35, torch.float64), device, balanced=True)
+@pytest.mark.parametrize("programs", [1, 1000])
+def test_gradients_at_the_rows_with_the_loss(
+    programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that fill the GPU are walked once for all heads, fewer once for each."""
+    monkeypatch.setattr("fino_fast.kernels.forward.WANTED_PROGRAMS", programs)
+    calls = heads_of_every_kind(37, 40, 35, torch.float64)
+    check_heads(calls, device, balanced=True)
+    with launched() as seen:
+        run_heads(calls, device, balanced=True)
+    walks = [0] * len(calls) if programs == 1 else list(range(len(calls)))
+    assert described(seen[0], len(calls), "walk") == walks
+    assert described(seen[0], len(calls), "is_begun") == [0] * len(calls)
 
 
 def test_heads_on_shared_and_on_own_rows(device: torch.device) -> None:
@@ -40,7 +51,8 @@ def test_prototype_heads_on_the_same_rows_keep_one_gradient(device: torch.device
         run_heads(calls, device)
     rows = [x for x in seen if x.kernel.__name__ == "rows_kernel"]
     assert len(rows) == 1
-    assert described(seen[0], len(calls), "group") == [0, 0, 0, 1, 1]
+    assert described(seen[0], len(calls), "walk") == [0, 0, 0, 1, 1]
+    assert described(seen[0], len(calls), "is_begun") == [0, 1, 1, 0, 1]
 
 
 def test_rows_in_several_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

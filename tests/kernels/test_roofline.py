@@ -166,6 +166,12 @@ def test_rows_are_read_once_for_all_banks_on_them(
             (1 if held else tiles_alone) * alone.x.nbytes,
         ]
         assert counted.read["rows_kernel"] == expected
+        # Balanced, all in the forward pass; heads are programs of their own where rows are few.
+        counted.read.clear()
+        run_heads(calls, device, balanced=True)
+        walks = 1 if shares == 1 else len(calls) - 1
+        expected[0] = (walks if held else tiles) * x.nbytes + along
+        assert counted.read["rows_kernel"] == expected
 
 
 def test_overlap(counted: Counted, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from fino_fast.kernels.table import (
     CLASSES,
     FIELDS,
     FIRST_PROGRAM,
-    GROUP,
+    WALK,
     WEIGHT,
     Descriptor,
     X,
@@ -26,19 +26,19 @@ from fino_fast.kernels.table import (
 
 
 @triton.jit
-def read_kernel(table, entries, program, group, classes, weight, first):
+def read_kernel(table, entries, program, walk, classes, weight, first):
     bank = table + find(table, entries, FIELDS, FIRST_PROGRAM, program) * FIELDS
-    tl.store(group, integer(bank, GROUP))
+    tl.store(walk, integer(bank, WALK))
     tl.store(classes, integer(bank, CLASSES))
     tl.store(weight, number(bank, WEIGHT, tl.float64))
     tl.store(first, tl.load(pointer(bank, X, tl.float32)))
 
 
-def descriptor(x: torch.Tensor, weight: float, group: int, first_program: int) -> Descriptor:
+def descriptor(x: torch.Tensor, weight: float, walk: int, first_program: int) -> Descriptor:
     return Descriptor(
         number=0, space=0, kind=0, x=x, x_stride=16, depth=16, norms=x, bank=x, bank_stride=16,
         classes=2**30 + 1, offset=x, target=x, target_stride=2, counts=x, smoothing=0.0,
-        inv_count=x, weight=weight, group=group, first_program=first_program,
+        inv_count=x, weight=weight, walk=walk, first_program=first_program,
     )  # fmt: skip
 
 
@@ -52,37 +52,37 @@ def test_what_was_written_is_read(program: int, entry: int, device: torch.device
         for f, (weight, begin) in enumerate(zip(weights, begins, strict=True))
     ]
     address = Operands([], x).launch(words(table))
-    group, classes = (torch.empty(1, dtype=torch.int32, device=device) for _ in range(2))
+    walk, classes = (torch.empty(1, dtype=torch.int32, device=device) for _ in range(2))
     weight, first = torch.empty(1, dtype=torch.float64, device=device), torch.empty_like(x[:1])
-    read_kernel[(1,)](address, len(table), program, group, classes, weight, first)
-    assert group.item() == entry - 1
+    read_kernel[(1,)](address, len(table), program, walk, classes, weight, first)
+    assert walk.item() == entry - 1
     assert classes.item() == 2**30 + 1
     assert weight.item() == pytest.approx(weights[entry], rel=1e-15)
     assert first.item() == x[entry].item()
 
 
 @triton.jit
-def neighbours_kernel(table, entries, group, program, first, last, index):
-    begin, end = entries_of(table, entries, FIELDS, GROUP, group)
+def neighbours_kernel(table, entries, walk, program, first, last, index):
+    begin, end = entries_of(table, entries, FIELDS, WALK, walk)
     tl.store(first, begin)
     tl.store(last, end)
     tl.store(index, find(table, entries, FIELDS, FIRST_PROGRAM, program))
 
 
 @pytest.mark.parametrize(
-    ("group", "first", "last"), [(-1, 0, 3), (0, 3, 130), (1, 130, 131), (2, 131, 300)]
+    ("walk", "first", "last"), [(-1, 0, 3), (0, 3, 130), (1, 130, 131), (2, 131, 300)]
 )
 def test_neighbours_in_a_table_longer_than_one_look(
-    group: int, first: int, last: int, device: torch.device
+    walk: int, first: int, last: int, device: torch.device
 ) -> None:
     """Looked through 128 entries at a time; of those that begin with one program, the last."""
     x = torch.ones(1, device=device)
-    groups = [-1] * 3 + [0] * 127 + [1] + [2] * 169
-    table = [descriptor(x, 1.0, number, 5 * (number + 1)) for number in groups]
+    walks = [-1] * 3 + [0] * 127 + [1] + [2] * 169
+    table = [descriptor(x, 1.0, number, 5 * (number + 1)) for number in walks]
     address = Operands([], x).launch(words(table))
     found = torch.empty(3, dtype=torch.int32, device=device)
-    program = 5 * (group + 1) + 4
-    neighbours_kernel[(1,)](address, len(table), group, program, found, found[1:], found[2:])
+    program = 5 * (walk + 1) + 4
+    neighbours_kernel[(1,)](address, len(table), walk, program, found, found[1:], found[2:])
     assert found.tolist() == [first, last, last - 1]
 
 
