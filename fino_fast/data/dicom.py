@@ -102,19 +102,12 @@ def _transfer_syntax(file: IO[bytes]) -> str | None:
     """
     from pydicom.filereader import read_dataset
 
-    start = file.tell()
-    for implicit in (False, True):
-        group = read_dataset(
-            cast(BinaryIO, file), is_implicit_VR=implicit, is_little_endian=True,
-            stop_when=lambda tag, _representation, _length: tag >> 16 != 2,
-        )  # fmt: skip
-        try:
-            syntax: str | None = group.get("TransferSyntaxUID")
-        except NotImplementedError:  # of no known representation: some writers leave them out
-            file.seek(start)
-        else:
-            return syntax
-    return None
+    group = read_dataset(
+        cast(BinaryIO, file), is_implicit_VR=False, is_little_endian=True,
+        stop_when=lambda tag, _representation, _length: tag >> 16 != 2,
+    )  # fmt: skip
+    syntax: str | None = group.get("TransferSyntaxUID")
+    return syntax
 
 
 def _checked(pydicom: Any, data: bytes, limits: ImagesDeclaration) -> Any:
