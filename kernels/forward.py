@@ -118,7 +118,8 @@ def number_walks(table: list[Descriptor], tiles: Tiles, n: int) -> int:
     One walk takes all gradients at the rows of a space, so that the tile is read once. Where there
     are too few tiles to fill a GPU, every gradient has one of its own.
     """
-    together = triton.cdiv(n, _gradient_sizes(table, tiles).rows) >= WANTED_PROGRAMS
+    sizes = holding(tiles.rows, max(_widths(table), default=0))
+    together = triton.cdiv(n, sizes.rows) >= WANTED_PROGRAMS
     walks: dict[int, int] = {}
     begun: set[int] = set()
     for descriptor in table:
@@ -132,9 +133,9 @@ def number_walks(table: list[Descriptor], tiles: Tiles, n: int) -> int:
     return len(walks)
 
 
-def _gradient_sizes(table: list[Descriptor], tiles: Tiles) -> Gradient:
-    depths = [descriptor.depth for descriptor in table if descriptor.grad_x is not None]
-    return holding(tiles.rows, max(depths, default=0))
+def _widths(table: list[Descriptor]) -> set[int]:
+    """Columns of the rows at which gradients are taken."""
+    return {descriptor.depth for descriptor in table if descriptor.grad_x is not None}
 
 
 def launch_rows(
@@ -143,8 +144,8 @@ def launch_rows(
 ) -> None:  # fmt: skip
     """Launch `rows_kernel`: `reduced` banks, and the gradients of all walks of the table."""
     n = spaces[0].shape[0]
-    depths = {descriptor.depth for descriptor in table if descriptor.grad_x is not None}
-    sizes = _gradient_sizes(table, tiles)
+    depths = _widths(table)
+    sizes = holding(tiles.rows, max(depths, default=0))
     row_tiles = triton.cdiv(n, sizes.rows)
     items = row_tiles * walks
     launch(

@@ -48,7 +48,7 @@ class Descriptor:
             all its banks are split into, and how many tiles are in one.
         tiles_before: of the banks of the space before this one.
         walk: of the tiles of rows on which the gradient at the rows is taken; −1 for none.
-        grad_x, is_begun: [N, W] to which it is added; 0 where it is the first in it.
+        grad_x, is_begun: [N, W] to which it is added; 1 where an earlier bank has written to it.
         along: [N] ⟨x̂, ∂loss/∂x̂⟩ of a contrastive term.
         first_item, parts, share: of the gradient at the bank, how its rows are split.
         grad_bank, grad_offset: [parts, K, W] and [parts, K].
