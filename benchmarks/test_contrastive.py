@@ -13,7 +13,7 @@ from fino_fast.terms import ContrastiveCall
 from fino_fast.terms import Step as Terms
 
 # Above these their several N×N (or pairs × pairs) arrays do not fit 24 GB or a minute.
-LARGEST = {"eager": 16_384, "torch.compile": 16_384, "lightly": 8192, "metric-learning": 512}
+LARGEST = {"eager": 16_384, "torch.compile": 32_768, "lightly": 8192, "metric-learning": 512}
 SIZES = [
     (64, 384),
     *((rows, 256) for rows in (1024, 2048, 8192, 16_384, 32_768)),
