@@ -17,10 +17,20 @@ from .forward import MAX_SPLITS, REDUCE_BLOCK, Losses, launch_rows, number_walks
 from .launch import element_type, launch, sum_type, sweep_constants
 from .operands import padded, starts, sum_dtype
 from .table import Descriptor, Kept, Space, dtype_number, words
-from .tiles import WORKERS, Compiler, tiles_for
+from .tiles import (
+    WANTED_PROGRAMS,
+    WORKERS,
+    Compiler,
+    Gradient,
+    choose,
+    pieces,
+    tiles_for,
+)
 
 COMBINE_ROWS, COMBINE_DEPTH = 8, 32
-WANTED_BANK_TILES = 64  # a bank of fewer tiles is split by rows
+# A bank of fewer tiles is split by rows: about two programs for every multiprocessor of a large
+# GPU, so that few of them wait for the last ones.
+WANTED_BANK_TILES = 2 * WANTED_PROGRAMS
 
 
 @dataclass
@@ -77,7 +87,11 @@ def backward(
         start.swept if bank.kind == OVERLAP.value else want_bank and bank.is_trained
         for bank, start in zip(banks, upstream, strict=True)
     ]
-    shares, parts, items, tile_of = _bank_work(banks, n, trained, tiles.banks.columns)
+    at_banks = [entry for entry, wanted in zip(table, trained, strict=True) if wanted]
+    depths = {entry.depth for entry in at_banks}
+    most = max((entry.classes for entry in at_banks), default=0)
+    sizes = choose(tiles.banks, max(depths, default=0), most * MAX_SPLITS)
+    shares, parts, items, tile_of = _bank_work(banks, n, trained, sizes)
     # Those that share a gradient are neighbours in the table.
     order = sorted(range(len(banks)), key=lambda e: (banks[e].space, upstream[e].swept))
     first_item, first_tile = (
@@ -121,18 +135,19 @@ def backward(
     if walks:
         launch_rows(address, table, spaces, tiles, walks, 0, 0, Losses(row, row, row, row, []))
     if sum(items):
-        space = room(spaces, row, sum(items), tiles.banks)
+        space = room(spaces, row, sum(items), sizes)
         launch(
             banks_kernel,
             min(sum(items), WORKERS),
             row,
-            tiles.banks.compiler,
-            sweep_constants(spaces[0], tiles.banks),
+            sizes.compiler,
+            sweep_constants(spaces[0], sizes, sizes.inner, sizes.outer)
+            | {"HELD": pieces(sizes, depths)},
             table=address,
             entries=len(table),
             **space,
             # Not of 8 bits: Triton would lay out the operand that they mask as if it had 8 too.
-            used=row.new_empty(space["workers"], tiles.banks.chunk, dtype=torch.int32),
+            used=row.new_empty(space["workers"], sizes.chunk, dtype=torch.int32),
             n=n,
         )
     row_tiles = triton.cdiv(n, COMBINE_ROWS)
@@ -167,31 +182,36 @@ def backward(
     return result
 
 
+def split_rows(classes: int, n: int, sizes: Gradient) -> tuple[int, int]:
+    """Into what parts the rows are split for the gradient at a bank: (rows in a part, parts)."""
+    bank_tiles, row_tiles = triton.cdiv(classes, sizes.outer), triton.cdiv(n, sizes.inner)
+    wanted = max(1, min(row_tiles, MAX_SPLITS, WANTED_BANK_TILES // bank_tiles))
+    # No part without a row.
+    share = triton.cdiv(row_tiles, wanted)
+    return share * sizes.inner, triton.cdiv(row_tiles, share)
+
+
 def _bank_work(
-    banks: list[Bank], n: int, trained: list[bool], tile: int
+    banks: list[Bank], n: int, trained: list[bool], sizes: Gradient
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     """How the gradients at the banks are shared out, by bank.
 
     Args:
         trained: which of them get any.
-        tile: rows and vectors of a tile.
+        sizes: of the tiles.
 
     Returns:
         (rows in a part, parts, tiles of the bank times parts, tiles of the result); 0 where there
         is no gradient.
     """
-    row_tiles = triton.cdiv(n, tile)
     shares, parts, items, tile_of = [], [], [], []
     for bank, is_trained in zip(banks, trained, strict=True):
         classes = bank.vectors.shape[0]
-        bank_tiles = triton.cdiv(classes, tile)
-        wanted = max(1, min(row_tiles, MAX_SPLITS, WANTED_BANK_TILES // bank_tiles))
-        # No part without a row.
-        share = triton.cdiv(row_tiles, wanted)
-        count = triton.cdiv(row_tiles, share) if is_trained else 0
-        shares.append(share * tile)
+        share, count = split_rows(classes, n, sizes)
+        count = count if is_trained else 0
+        shares.append(share)
         parts.append(count)
-        items.append(count * bank_tiles)
+        items.append(count * triton.cdiv(classes, sizes.outer))
         tile_of.append(triton.cdiv(classes, COMBINE_ROWS) if is_trained else 0)
     return shares, parts, items, tile_of
 

@@ -1,7 +1,8 @@
 """The gradients at the banks that are trained.
 
 The tiles of the banks are shared out among the programs; where they are few, the rows are split
-too. A program finishes a tile's part of the rows alone; `combine` adds the parts in order.
+too. A program reads a tile once, and finishes its part of the rows alone; `combine` adds the parts
+in order.
 """
 
 import triton
@@ -31,12 +32,20 @@ from .table import (
     operands_of,
     pointer,
 )
-from .tile import accumulate, coefficient_gain, coefficients, finish, inner_products
+from .tile import (
+    accumulate,
+    coefficient_gain,
+    coefficients,
+    finish,
+    hold,
+    inner_products,
+    is_held_in,
+)
 
 
 @triton.jit
 def bank_gradient(
-    bank, tile, part, work, used, scratch, n, TYPE: tl.constexpr,
+    held, bank, tile, part, work, used, scratch, n, TYPE: tl.constexpr,
     SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -52,14 +61,16 @@ def bank_gradient(
     gain = coefficient_gain(~is_error(kind), TYPE)
     offset_gradient = tl.zeros([COLUMNS], dtype=SUM)
     begun = 0
-    for chunk in range(first_row, last_row, CHUNK):
+    # Buffers for the stages of a pipeline do not fit beside vectors that are held.
+    STAGES: tl.constexpr = 1 if len(held) > 0 else None
+    for chunk in tl.range(first_row, last_row, CHUNK, disable_licm=True):
         last = tl.minimum(chunk + CHUNK, last_row)
-        for start in range(chunk, last, ROWS):
+        for start in tl.range(chunk, last, ROWS, num_stages=STAGES, disable_licm=True):
             step = tl.arange(0, ROWS)
             rows = start + step.to(tl.int64)
             row_ok = rows < last_row
             s = inner_products(
-                (), vectors, vectors_stride, columns, column_ok, x, x_stride, rows, row_ok, depth,
+                held, vectors, vectors_stride, columns, column_ok, x, x_stride, rows, row_ok, depth,
                 SUM, COLUMNS, ROWS, DEPTH, PRECISION, WIDEN,
             )  # fmt: skip
             bias = tl.load(pointer(bank, OFFSET, SUM) + columns, mask=column_ok, other=0.0)
@@ -107,18 +118,23 @@ def banks_kernel(
     table, entries, items, work, used, scratch, scratch_size, workers, n, TYPE: tl.constexpr,
     SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     worker = tl.program_id(0)
     work += worker.to(tl.int64) * COLUMNS * CHUNK
     used += worker.to(tl.int64) * CHUNK
     scratch += worker.to(tl.int64) * scratch_size
-    for turn in range(tl.cdiv(items - worker, workers)):
-        item = worker + turn * workers
+    for item in tl.range(worker, items, workers, disable_licm=True):
         bank = table + find(table, entries, FIELDS, FIRST_ITEM, item) * FIELDS
         at = item - integer(bank, FIRST_ITEM)
         parts = integer(bank, PARTS)
-        bank_gradient(
-            bank, at // parts, at % parts, work, used, scratch, n,
-            TYPE, SUM, ROWS, COLUMNS, DEPTH, STEP, WIDTH, CHUNK, PRECISION, WIDEN,
-        )  # fmt: skip
+        _, _, vectors, stride, depth = operands_of(bank, TYPE)
+        columns = (at // parts).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        for i in tl.static_range(len(HELD)):
+            if is_held_in(HELD[i], depth, DEPTH):
+                exists = columns < integer(bank, CLASSES)
+                bank_gradient(
+                    hold(vectors, stride, columns, exists, depth, DEPTH, HELD[i]),
+                    bank, at // parts, at % parts, work, used, scratch, n,
+                    TYPE, SUM, ROWS, COLUMNS, DEPTH, STEP, WIDTH, CHUNK, PRECISION, WIDEN,
+                )  # fmt: skip

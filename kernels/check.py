@@ -1,6 +1,7 @@
 """`make gpu-check`: compile every kernel for GPUs that are not there, and hold it to limits.
 
     python -m fino_fast.kernels.check [--write docs/gpu.md] [--dtypes …] [--capabilities …]
+                                      [--widths …]
 
 A launch is compiled as it would be launched: the launchers run with tensors that have no memory,
 and their arguments are specialised as Triton does it. The command fails where a kernel spills
@@ -10,9 +11,14 @@ run), or sweeps without tensor cores.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from multiprocessing import cpu_count, get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,14 +48,15 @@ DTYPES = {
     TF32: torch.float32,
     "float64": torch.float64,
 }
-ROWS, CLASSES, VIEWS = 4096, 10_000, 2
+# So many rows and classes that the largest tiles are taken.
+ROWS, CLASSES, VIEWS = 65_536, 10_000, 2
 # Of embedding and projection: what is usual, and what is not held and no load of 16 bytes fits.
 WIDTHS = ((768, 256), (1537, 1))
 SMALL = 384  # a width that is held beside the widest ones
 HEADS, GROUPS = 2, 35
 # Other numbers of heads and rows, for which nothing is compiled again: the compiler knows of
 # multiples of 16 and of one; 16 banks.
-OTHERS = 14, 4106
+OTHERS = 14, 65_546
 # Numbers of heads for which `operands` is compiled; the other kernels do not depend on them.
 MANY_HEADS = (12, 40)
 
@@ -103,21 +110,43 @@ def launches(
     return recorded
 
 
+@dataclass(frozen=True)
+class Checked:
+    """One launch and what the compiler made of it.
+
+    Attributes:
+        dtype: its name in DTYPES.
+        constants: the compile-time arguments.
+        result: see there.
+    """
+
+    dtype: str
+    constants: dict[str, Any]
+    result: Compiled
+
+
 def compiled(
-    dtypes: tuple[str, ...], capabilities: tuple[int, ...]
-) -> list[tuple[str, Launch, Compiled]]:
-    """(dtype, launch, what the compiler made of it) of all of them."""
-    results = []
-    for name in dtypes:
-        for capability in capabilities:
-            tiles = TILES[capability // 10, DTYPES[name]]
-            with products("high" if name == TF32 else "highest"):
-                wanted = every_launch(DTYPES[name], tiles)
-            if name == TF32:
-                # The others take no products.
-                wanted = [launch for launch in wanted if "PRECISION" in launch.constants]
-            results += [(name, launch, compile_launch(launch, capability)) for launch in wanted]
-    return results
+    dtypes: Iterable[str], capabilities: Iterable[int], widths: Sequence[int] = ()
+) -> list[Checked]:
+    """All launches for all of these, as many at a time as there are processors.
+
+    Args:
+        widths: of the embeddings; empty: all that `every_launch` knows.
+    """
+    tasks = list(product(dtypes, capabilities, [tuple(widths)]))
+    # Not forked: PyTorch has threads by now.
+    with ProcessPoolExecutor(cpu_count(), get_context("spawn")) as pool:
+        return [checked for found in pool.map(_compiled, tasks) for checked in found]
+
+
+def _compiled(task: tuple[str, int, tuple[int, ...]]) -> list[Checked]:
+    name, capability, widths = task
+    with products("high" if name == TF32 else "highest"):
+        wanted = every_launch(DTYPES[name], TILES[capability // 10, DTYPES[name]], widths)
+    if name == TF32:
+        # The others take no products.
+        wanted = [launch for launch in wanted if "PRECISION" in launch.constants]
+    return [Checked(name, x.constants, compile_launch(x, capability)) for x in wanted]
 
 
 @contextmanager
@@ -131,11 +160,23 @@ def products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def every_launch(dtype: torch.dtype, tiles: Tiles) -> list[Launch]:
-    """The launches that are compiled for one chip."""
-    held = {SMALL} | {s.holds for s in (*tiles.sweeps, *tiles.rows) if s.holds}
+def every_launch(dtype: torch.dtype, tiles: Tiles, widths: Sequence[int] = ()) -> list[Launch]:
+    """The launches that are compiled for one chip.
+
+    Args:
+        widths: of the embeddings, if only these, and of tiles the largest that take them.
+    """
+    if widths:
+        pairs = [(width, WIDTHS[0][1]) for width in widths]
+        return [launch for pair in pairs for launch in launches(dtype, tiles, pair)]
+    held = {SMALL} | {s.holds for s in (*tiles.sweeps, *tiles.rows, *tiles.banks) if s.holds}
     every = dict.fromkeys((*WIDTHS, *((width, WIDTHS[0][1]) for width in sorted(held))))
-    wanted = [launch for widths in every for launch in launches(dtype, tiles, widths)]
+    wanted = [
+        launch
+        for level in levels(tiles)
+        for widths in every
+        for launch in launches(dtype, level, widths)
+    ]
     # Without prototypes the forward pass takes no gradient at the rows.
     of_one = launches(dtype, tiles, WIDTHS[0], heads=1)
     wanted += [launch for launch in of_one if launch.kernel is rows_kernel]
@@ -143,6 +184,15 @@ def every_launch(dtype: torch.dtype, tiles: Tiles) -> list[Launch]:
         of_many = launches(dtype, tiles, WIDTHS[0], heads)
         wanted += [launch for launch in of_many if launch.kernel is operands_kernel]
     return wanted
+
+
+def levels(tiles: Tiles) -> list[Tiles]:
+    """The tiles without their first, second, … sizes, so that each of them is the first once."""
+    lists = {"sweeps": tiles.sweeps, "rows": tiles.rows, "banks": tiles.banks}
+    return [
+        replace(tiles, **{name: sizes[level:] or sizes[-1:] for name, sizes in lists.items()})
+        for level in range(max(map(len, lists.values())))
+    ]
 
 
 def compiled_again() -> list[str]:
@@ -164,11 +214,12 @@ def compiled_again() -> list[str]:
     ]
 
 
-def faults(dtype: str, launch: Launch, result: Compiled) -> list[str]:
+def faults(checked: Checked) -> list[str]:
     """What is wrong with one compiled kernel, in words."""
+    constants, result = checked.constants, checked.result
     limit = SHARED_LIMIT[result.capability]
-    sweeps = "COLUMNS" in launch.constants and launch.constants.get("HELD") != ()
-    where = f"{result.kernel}, {dtype}, sm_{result.capability}"
+    sweeps = "COLUMNS" in constants and constants.get("HELD") != ()
+    where = f"{result.kernel}, {checked.dtype}, sm_{result.capability}"
     found = {
         f"spills {result.spilled} bytes": result.spilled > 0,
         f"wants {result.shared} bytes of shared memory, the limit is {limit}": result.shared
@@ -179,26 +230,28 @@ def faults(dtype: str, launch: Launch, result: Compiled) -> list[str]:
     return [f"{where}: {fault}" for fault, present in found.items() if present]
 
 
-def table(results: list[tuple[str, Launch, Compiled]]) -> str:
+def table(results: list[Checked]) -> str:
     """The results as Markdown, all widths and compile-time variants of a kernel as one row.
 
     Tiles that hold rows of different widths, or none, stand apart.
     """
-    held: dict[tuple[str, str, int, int], int] = {}
-    groups: dict[tuple[str, str, int, int], list[Compiled]] = {}
-    for dtype, launch, result in results:
-        kernel, sizes = result.kernel.removesuffix("_kernel"), launch.constants
+    held: dict[tuple[str, str, int, int, int], int] = {}
+    groups: dict[tuple[str, str, int, int, int], list[Compiled]] = {}
+    for checked in results:
+        dtype, sizes, result = checked.dtype, checked.constants, checked.result
+        kernel = result.kernel.removesuffix("_kernel")
         width = max(sizes.get("HELD", ()), default=0) * sizes["DEPTH"]
-        key = kernel, dtype, result.capability, sizes["ROWS"] if width else 0
+        tile = (sizes["ROWS"], sizes["COLUMNS"]) if width else (0, 0)
+        key = kernel, dtype, result.capability, *tile
         held[key] = max(width, held.get(key, 0))
         groups.setdefault(key, []).append(result)
     lines = [
-        "| kernel | dtype | chip | rows held up to D | registers | spilled bytes | "
+        "| kernel | dtype | chip | held up to D | registers | spilled bytes | "
         "shared memory, KiB | tensor cores |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for key in sorted(groups, key=lambda key: (*key[:3], held[key])):
-        (kernel, dtype, capability, _), group = key, groups[key]
+        (kernel, dtype, capability, *_), group = key, groups[key]
         instructions = sorted({name for result in group for name in result.tensor_core})
         lines.append(
             f"| {kernel} | {dtype} | sm_{capability} | {held[key] or '—'} | "
@@ -217,11 +270,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--capabilities", nargs="+", type=int, default=CAPABILITIES, choices=CAPABILITIES
     )
+    parser.add_argument("--widths", nargs="+", type=int, default=(), help="of the embeddings")
     chosen = parser.parse_args(arguments)
-    results = compiled(tuple(chosen.dtypes), tuple(chosen.capabilities))
+    results = compiled(chosen.dtypes, chosen.capabilities, chosen.widths)
     text = table(results)
     print(text)
-    wrong = [fault for result in results for fault in faults(*result)] + compiled_again()
+    wrong = [fault for checked in results for fault in faults(checked)] + compiled_again()
     for fault in wrong:
         print(f"fault: {fault}", file=sys.stderr)
     if chosen.write is not None and not wrong:

@@ -18,12 +18,9 @@ from .operands import padded, starts
 from .rows import rows_kernel
 from .sweep import sweep_kernel
 from .table import Descriptor, words
-from .tiles import WORKERS, Gradient, Sizes, Tiles, holding, pieces, tiles_for
+from .tiles import WANTED_PROGRAMS, WORKERS, Gradient, Sizes, Tiles, choose, pieces, tiles_for
 
 REDUCE_BLOCK = 1024
-# Programs into which a sweep is split where rows are few: one for every multiprocessor of a large
-# GPU, because their registers leave no room for a second one.
-WANTED_PROGRAMS = 160
 MAX_SPLITS = 16  # partial sums of a row; bounds their memory at 20·MAX_SPLITS bytes a row and bank
 
 
@@ -73,8 +70,8 @@ def forward(banks: list[Bank], groups: list[int], balanced: bool) -> Losses:
     tiles = tiles_for(spaces[0])
     operands, table = prepare(banks, spaces[0])
     depths = {descriptor.depth for descriptor in table}
-    sizes = holding(tiles.sweeps, max(depths))
-    programs = _share_out(table, triton.cdiv(n, sizes.rows), sizes)
+    sizes = choose(tiles.sweeps, max(depths), n * MAX_SPLITS)
+    programs = _share_out(table, triton.cdiv(n, sizes.outer), sizes)
     row = spaces[0].new_empty(0, dtype=banks[0].sums)
     parts = [descriptor.splits for descriptor in table]
     partial = row.new_empty(4, n * sum(parts))
@@ -99,7 +96,8 @@ def forward(banks: list[Bank], groups: list[int], balanced: bool) -> Losses:
         programs,
         row,
         sizes.compiler,
-        sweep_constants(spaces[0], sizes) | {"HELD": pieces(sizes, depths)},
+        sweep_constants(spaces[0], sizes, sizes.outer, sizes.inner)
+        | {"HELD": pieces(sizes, depths)},
         table=address,
         entries=len(banks),
         planes=partial.shape[1],
@@ -118,8 +116,8 @@ def number_walks(table: list[Descriptor], tiles: Tiles, n: int) -> int:
     One walk takes all gradients at the rows of a space, so that the tile is read once. Where there
     are too few tiles to fill a GPU, every gradient has one of its own.
     """
-    sizes = holding(tiles.rows, max(_widths(table), default=0))
-    together = triton.cdiv(n, sizes.rows) >= WANTED_PROGRAMS
+    sizes = choose(tiles.rows, max(_widths(table), default=0), n)
+    together = triton.cdiv(n, sizes.outer) >= WANTED_PROGRAMS
     walks: dict[int, int] = {}
     begun: set[int] = set()
     for descriptor in table:
@@ -145,15 +143,16 @@ def launch_rows(
     """Launch `rows_kernel`: `reduced` banks, and the gradients of all walks of the table."""
     n = spaces[0].shape[0]
     depths = _widths(table)
-    sizes = holding(tiles.rows, max(depths, default=0))
-    row_tiles = triton.cdiv(n, sizes.rows)
+    sizes = choose(tiles.rows, max(depths, default=0), n)
+    row_tiles = triton.cdiv(n, sizes.outer)
     items = row_tiles * walks
     launch(
         rows_kernel,
         reduced + min(items, WORKERS),
         result.lse,
         sizes.compiler,
-        sweep_constants(spaces[0], sizes) | {"HELD": pieces(sizes, depths), "BLOCK": REDUCE_BLOCK},
+        sweep_constants(spaces[0], sizes, sizes.outer, sizes.inner)
+        | {"HELD": pieces(sizes, depths), "BLOCK": REDUCE_BLOCK},
         table=address,
         entries=len(table),
         planes=planes,
@@ -172,11 +171,11 @@ def room(spaces: list[Tensor], sums: Tensor, items: int, sizes: Gradient) -> dic
     """Memory of the programs among which `items` tiles are shared out."""
     workers = min(items, WORKERS)
     depth = max(padded(x.shape[1]) for x in spaces)
-    size = sizes.rows * triton.cdiv(depth, sizes.width) * sizes.width
+    size = sizes.outer * triton.cdiv(depth, sizes.width) * sizes.width
     return {
         "items": items,
         "workers": workers,
-        "work": spaces[0].new_empty(workers, sizes.rows, sizes.chunk),
+        "work": spaces[0].new_empty(workers, sizes.outer, sizes.chunk),
         "scratch": sums.new_empty(workers, size),
         "scratch_size": size,
     }
@@ -198,7 +197,7 @@ def _share_out(table: list[Descriptor], row_tiles: int, sizes: Sizes) -> int:
     programs = 0
     for space in sorted({descriptor.space for descriptor in table}):
         members = [descriptor for descriptor in table if descriptor.space == space]
-        tiles = [triton.cdiv(descriptor.classes, sizes.columns) for descriptor in members]
+        tiles = [triton.cdiv(descriptor.classes, sizes.inner) for descriptor in members]
         share = share_of(sum(tiles), row_tiles)
         shares = triton.cdiv(sum(tiles), share)
         for descriptor, before, count in zip(members, starts(tiles), tiles, strict=True):

@@ -95,13 +95,17 @@ def sum_type(dtype: torch.dtype) -> Any:
     return element_type(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def sweep_constants(x: Tensor, sizes: Sizes) -> dict[str, Any]:
-    """The compile-time arguments that every sweep over rows like `x` takes."""
+def sweep_constants(x: Tensor, sizes: Sizes, rows: int, columns: int) -> dict[str, Any]:
+    """The compile-time arguments that every sweep over rows like `x` takes.
+
+    Args:
+        rows, columns: of a tile of logits.
+    """
     constants = {
         "TYPE": element_type(x.dtype),
         "SUM": sum_type(x.dtype),
-        "ROWS": sizes.rows,
-        "COLUMNS": sizes.columns,
+        "ROWS": rows,
+        "COLUMNS": columns,
         "DEPTH": sizes.depth,
         "PRECISION": input_precision(x),
         # The interpreter's bf16 product is wrong; there the operands are widened first.

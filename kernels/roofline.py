@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from triton import cdiv
 
-from .forward import share_of
+from .backward import split_rows
+from .forward import MAX_SPLITS, share_of
 from .page import write_between
-from .tiles import TILES, Gradient, Sizes, Tiles, holding
+from .tiles import TILES, Gradient, Sizes, Tiles, choose
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def sweep(
         tile: of outer and inner vectors.
         itemsize: bytes of an entry.
         step: along D inside a product.
-        held: the outer vectors stay where they are; `rows_held` is their reading.
+        held: the outer vectors stay where they are; `read_once` is their reading.
     """
     outer_tiles, inner_tiles = cdiv(outer, tile[0]), cdiv(inner, tile[1])
     flops = 2 * outer_tiles * tile[0] * inner_tiles * tile[1] * cdiv(depth, step) * step
@@ -54,20 +55,20 @@ def sweep(
     return Cost(flops, moved, outer_bytes + inner_bytes)
 
 
-def rows_held(entries: int, itemsize: int, shares: int = 1) -> Cost:
-    """Rows that a sweep reads once for all banks on them, or once for each of the shares."""
+def read_once(entries: int, itemsize: int, shares: int = 1) -> Cost:
+    """Outer vectors that are held: read once, or once for each share of the inner ones."""
     return Cost(0, entries * itemsize * shares, 0)
 
 
 def swept(n: int, classes: int, depth: int, itemsize: int, sizes: Sizes) -> Cost:
     """One bank alone on its rows, by `sweep_kernel`."""
     held = depth <= sizes.holds
-    cost = sweep(n, classes, depth, (sizes.rows, sizes.columns), itemsize, sizes.depth, held)
+    cost = sweep(n, classes, depth, (sizes.outer, sizes.inner), itemsize, sizes.depth, held)
     if not held:
         return cost
-    tiles = cdiv(classes, sizes.columns)
-    shares = cdiv(tiles, share_of(tiles, cdiv(n, sizes.rows)))
-    return cost + rows_held(n * depth, itemsize, shares)
+    tiles = cdiv(classes, sizes.inner)
+    shares = cdiv(tiles, share_of(tiles, cdiv(n, sizes.outer)))
+    return cost + read_once(n * depth, itemsize, shares)
 
 
 def gradient_sweep(
@@ -77,16 +78,16 @@ def gradient_sweep(
 
     Args:
         outer, inner, depth, itemsize: as in `sweep`.
-        sizes: of the tile loop; outer vectors are its rows.
+        sizes: of the tile loop.
         written: bytes of an entry of the gradient.
         parts: into which the inner vectors are split, each with a gradient of its own.
     """
-    outer_tiles = cdiv(outer, sizes.rows)
+    outer_tiles = cdiv(outer, sizes.outer)
     chunks = parts * cdiv(cdiv(inner, parts), sizes.chunk)
     inner_step = cdiv(inner, sizes.step) * sizes.step  # chunks are multiples of it
-    inner_tile = cdiv(inner, sizes.columns) * sizes.columns
+    inner_tile = cdiv(inner, sizes.inner) * sizes.inner
     width = cdiv(depth, sizes.width) * sizes.width
-    rows, sums = outer_tiles * sizes.rows, max(itemsize, 4)
+    rows, sums = outer_tiles * sizes.outer, max(itemsize, 4)
     flops = 2 * rows * inner_step * width
     # Coefficients: written once, read for every width. Vectors: once more for every outer tile.
     moved = itemsize * rows * (inner_tile + inner_step * width // sizes.width)
@@ -94,10 +95,10 @@ def gradient_sweep(
     # The sums of a chunk: written, and read for the next; at the end read and written out.
     moved += sums * rows * width * (2 * chunks - parts) + parts * outer * depth * (sums + written)
     held = depth <= sizes.holds
-    tile = (sizes.rows, sizes.columns)
+    tile = (sizes.outer, sizes.inner)
     cost = sweep(outer, inner, depth, tile, itemsize, sizes.depth, held)
     if held:
-        cost += rows_held(outer * depth, itemsize)
+        cost += read_once(outer * depth, itemsize, parts)
     return cost + Cost(flops, moved, parts * outer * depth * written)
 
 
@@ -134,9 +135,9 @@ def contrastive_cost(n: int, m: int, width: int, itemsize: int, tiles: Tiles, wi
     operands = rows_read(n * width, itemsize) + copied(m * width, (itemsize, itemsize))
     return (
         operands
-        + swept(n, m, width, itemsize, holding(tiles.sweeps, widest))
+        + swept(n, m, width, itemsize, choose(tiles.sweeps, widest, n * MAX_SPLITS))
         + operands
-        + gradient_sweep(n, m, width, itemsize, holding(tiles.rows, widest), sums)
+        + gradient_sweep(n, m, width, itemsize, choose(tiles.rows, widest, n), sums)
         + combined(n * width, 1, sums, itemsize)
     )
 
@@ -152,19 +153,21 @@ def head_cost(
     size, sums = itemsize[0], max(4, itemsize[0])
     cost = (
         copied(classes * depth, (itemsize[1], size))
-        + swept(n, classes, depth, size, holding(tiles.sweeps, depth))
-        + gradient_sweep(n, classes, depth, size, holding(tiles.rows, depth), sums)
+        + swept(n, classes, depth, size, choose(tiles.sweeps, depth, n * MAX_SPLITS))
+        + gradient_sweep(n, classes, depth, size, choose(tiles.rows, depth, n), sums)
         + combined(n * depth, 1, sums, size)
     )
     if not trained:
         # The norms of the rows.
         return cost + rows_read(n * depth, size)
     # Backward the bank is converted again.
+    at_bank = choose(tiles.banks, depth, classes * MAX_SPLITS)
+    _, parts = split_rows(classes, n, at_bank)
     return (
         cost
         + copied(classes * depth, (itemsize[1], size))
-        + gradient_sweep(classes, n, depth, size, tiles.banks, sums)
-        + combined(classes * depth, 1, sums, itemsize[1])
+        + gradient_sweep(classes, n, depth, size, at_bank, sums, parts)
+        + combined(classes * depth, parts, sums, itemsize[1])
     )
 
 

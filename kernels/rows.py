@@ -117,12 +117,12 @@ def reduce_bank(
 
 @triton.jit
 def rows_gradient(
-    held, bank, factor, tile, work, scratch, n, TYPE: tl.constexpr,
+    held, bank, tile, work, scratch, n, TYPE: tl.constexpr,
     SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Adds factor · ∂Σ loss/∂x of one bank for one tile of rows, or writes it, the first.
+    """Adds one bank's part of ∂L/∂x for one tile of rows, or writes it, the first.
 
     Of a contrastive term ∂Σ loss/∂s_ij + ∂Σ loss/∂s_ji is taken: s is symmetric, and the second is
     what the other row's loss, of any rank, sends to this row.
@@ -145,9 +145,9 @@ def rows_gradient(
     begun = 0
     # Buffers for the stages of a pipeline do not fit beside rows that are held.
     STAGES: tl.constexpr = 1 if len(held) > 0 else None
-    for chunk in range(0, classes, CHUNK):
+    for chunk in tl.range(0, classes, CHUNK, disable_licm=True):
         last = tl.minimum(chunk + CHUNK, classes)
-        for start in tl.range(chunk, last, COLUMNS, num_stages=STAGES):
+        for start in tl.range(chunk, last, COLUMNS, num_stages=STAGES, disable_licm=True):
             step = tl.arange(0, COLUMNS)
             columns = start + step.to(tl.int64)
             column_ok = columns < classes
@@ -199,6 +199,9 @@ def rows_gradient(
         tl.store(pointer(bank, ALONG, SUM) + rows, along, mask=row_ok)
     # ∂x̂/∂x takes off what is along x̂, but where ‖x‖ < 1e-12.
     projected = projected & (norm < CLAMPED)
+    # Here, and not before the loops: a register.
+    factor = number(bank, WEIGHT, SUM) * tl.load(pointer(bank, INV_COUNT, SUM))
+    factor *= tl.load(pointer(bank, UPSTREAM, SUM)) * tl.load(pointer(bank, GUIDANCE, SUM))
     finish(
         scratch, norm * (factor / gain), x, x_stride, projected, norm * norm * along * factor,
         rows, row_ok, pointer(bank, GRAD_X, SUM), depth, integer(bank, IS_BEGUN), SUM, ROWS, WIDTH,
@@ -225,10 +228,7 @@ def rows_kernel(
         )  # fmt: skip
     else:
         worker = tl.program_id(0) - reduced
-        work += worker.to(tl.int64) * ROWS * CHUNK
-        scratch += worker.to(tl.int64) * scratch_size
-        for turn in range(tl.cdiv(items - worker, workers)):
-            item = worker + turn * workers
+        for item in tl.range(worker, items, workers, disable_licm=True):
             tile = item % row_tiles
             first, last = entries_of(table, entries, FIELDS, WALK, item // row_tiles)
             x, x_stride, _, _, depth = operands_of(table + first * FIELDS, TYPE)
@@ -236,12 +236,12 @@ def rows_kernel(
             for i in tl.static_range(len(HELD)):
                 if is_held_in(HELD[i], depth, DEPTH):
                     held = hold(x, x_stride, rows, rows < n, depth, DEPTH, HELD[i])
-                    for f in range(first, last):
-                        bank = table + f * FIELDS
-                        factor = number(bank, WEIGHT, SUM) * tl.load(pointer(bank, INV_COUNT, SUM))
-                        factor *= tl.load(pointer(bank, UPSTREAM, SUM))
-                        factor *= tl.load(pointer(bank, GUIDANCE, SUM))
+                    for f in tl.range(first, last, disable_licm=True):
+                        # Pointers are made here, and not before the loops, where two of them are
+                        # more than an sm_80 has registers for.
                         rows_gradient(
-                            held, bank, factor, tile, work, scratch, n,
+                            held, table + f * FIELDS, tile,
+                            work + worker.to(tl.int64) * ROWS * CHUNK,
+                            scratch + worker.to(tl.int64) * scratch_size, n,
                             TYPE, SUM, ROWS, COLUMNS, DEPTH, STEP, WIDTH, CHUNK, PRECISION, WIDEN,
                         )  # fmt: skip

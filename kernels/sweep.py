@@ -77,7 +77,7 @@ def sweep_bank(
     best = tl.full([ROWS], -1, dtype=tl.int32)  # class of the peak
     at_target = tl.zeros([ROWS], dtype=SUM)  # s of the target (mean over positives), or errors
     all_logits = tl.zeros([ROWS], dtype=SUM)  # Σ_k s_k
-    for tile in range(first_tile, last_tile):
+    for tile in tl.range(first_tile, last_tile, disable_licm=True):
         columns = tile * COLUMNS + step.to(tl.int64)
         column_ok = columns < classes
         s = logits(
@@ -150,7 +150,7 @@ def sweep_kernel(
     for i in tl.static_range(len(HELD)):
         if is_held_in(HELD[i], depth, DEPTH):
             held = hold(x, x_stride, rows, rows < n, depth, DEPTH, HELD[i])
-            for f in range(first, last):
+            for f in tl.range(first, last, disable_licm=True):
                 sweep_bank(
                     held, table + f * FIELDS, share, begin, first_row, x, x_stride, depth, planes,
                     n, TYPE, SUM, ROWS, COLUMNS, DEPTH, PRECISION, WIDEN,

@@ -4,8 +4,11 @@ A sweep takes tiles of rows against tiles of a bank: products accumulated over t
 epilogue that is the term's own. A sweep for gradients keeps the epilogue's coefficients of a chunk
 of the bank in memory of its program (in practice in the L2 cache), and multiplies them with the
 chunk afterwards: the logits are computed once whatever the width, and no accumulator outlives a
-product. A tile of rows is held in shared memory for all banks on them where it fits (`tiles`).
-Offsets are int64 throughout: N·D and K·D may exceed 2³¹.
+product. The tile that a program takes is held in shared memory where it fits (`tiles`). Offsets are
+int64 throughout: N·D and K·D may exceed 2³¹.
+
+Loops around a product have nothing hoisted out of them (`disable_licm`): addresses and operand
+descriptors of all pieces of all tiles would wait in registers, and there are not as many.
 """
 
 import triton
@@ -143,7 +146,7 @@ def accumulate(
     tl.debug_barrier()
     rows = tl.arange(0, A)
     stride = tl.cdiv(depth, WIDTH) * WIDTH
-    for width_0 in range(0, depth, WIDTH):
+    for width_0 in tl.range(0, depth, WIDTH, disable_licm=True):
         at = scratch + width_0 + rows[:, None] * stride + tl.arange(0, WIDTH)[None, :]
         total = tl.load(at, mask=started > 0, other=0.0)
         for k in range(0, count, STEP):
@@ -176,7 +179,7 @@ def finish(
     """
     local = tl.arange(0, A)
     stride = tl.cdiv(depth, WIDTH) * WIDTH
-    for first in range(0, depth, FINISH):
+    for first in tl.range(0, depth, FINISH, disable_licm=True):
         k = first + tl.arange(0, FINISH)
         ok = outer_ok[:, None] & (k < depth)[None, :]
         total = tl.load(scratch + local[:, None] * stride + k[None, :], mask=ok, other=0.0)

@@ -32,17 +32,17 @@ class Sizes:
     """Sizes of one tile loop.
 
     Attributes:
-        holds: rows of so many columns at most are held in shared memory while a program walks the
-            banks on them; wider ones are read again for every tile of a bank.
-        rows: rows of a tile.
-        columns: bank vectors of a tile.
+        holds: outer vectors of so many columns at most are held in shared memory while the inner
+            ones pass; wider ones are read again for every inner tile.
+        outer: vectors of a tile that a program takes: rows, or in `banks` vectors of the bank.
+        inner: vectors of a tile that pass: of the bank, or rows.
         depth: step along the summed dimension inside a product.
         compiler: see there.
     """
 
     holds: int
-    rows: int
-    columns: int
+    outer: int
+    inner: int
     depth: int
     compiler: Compiler
 
@@ -62,7 +62,7 @@ class Gradient(Sizes):
     chunk: int
 
     def __post_init__(self) -> None:
-        if any(self.chunk % size for size in (self.rows, self.columns, self.step)):
+        if any(self.chunk % size for size in (self.inner, self.step)):
             raise ValueError(f"a chunk holds whole tiles and steps, found {self}")
 
 
@@ -71,29 +71,35 @@ class Tiles:
     """Sizes of all tile loops of a chip and dtype.
 
     Attributes:
-        sweeps: without a gradient, by the width of rows that they hold; the last takes all others.
+        sweeps: without a gradient; those with the largest tiles first.
         rows: for the gradients at the rows, likewise.
-        banks: for those at the banks; as many rows as columns, more do not fit the registers.
+        banks: for those at the banks, likewise.
     """
 
     sweeps: tuple[Sizes, ...]
     rows: tuple[Gradient, ...]
-    banks: Gradient
+    banks: tuple[Gradient, ...]
 
     def __post_init__(self) -> None:
-        if self.banks.rows != self.banks.columns:
-            raise ValueError(f"tiles of banks are square, found {self.banks}")
-        for sizes in (self.sweeps[-1], self.rows[-1], self.banks):
+        for sizes in (self.sweeps[-1], self.rows[-1], self.banks[-1]):
             if sizes.holds:
-                raise ValueError(f"the last take rows of any width and hold none, found {sizes}")
+                raise ValueError(f"the last take vectors of any width and hold none, found {sizes}")
 
 
+# About one for every multiprocessor of a large GPU: its registers leave no room for a second one.
+WANTED_PROGRAMS = 160
 AnySizes = TypeVar("AnySizes", bound=Sizes)
 
 
-def holding(sizes: Sequence[AnySizes], depth: int) -> AnySizes:
-    """The first of them that holds rows of `depth` columns; the last one where none does."""
-    return next((size for size in sizes if depth <= size.holds), sizes[-1])
+def choose(sizes: Sequence[AnySizes], depth: int, vectors: int) -> AnySizes:
+    """The sizes for `vectors` outer vectors of `depth` columns.
+
+    Of those that hold such vectors, or of the others where none does, the first whose tiles fill a
+    GPU; the last, which has the smallest, where they are too few for that.
+    """
+    fitting = [s for s in sizes if 0 < s.holds >= depth] or [s for s in sizes if not s.holds]
+    filling = (s for s in fitting if triton.cdiv(vectors, s.outer) >= WANTED_PROGRAMS)
+    return next(filling, fitting[-1])
 
 
 def pieces(sizes: Sizes, depths: Iterable[int]) -> tuple[int, ...]:
@@ -107,63 +113,99 @@ def pieces(sizes: Sizes, depths: Iterable[int]) -> tuple[int, ...]:
 
 
 _HALF_80 = Tiles(
-    (Sizes(1024, 64, 32, 64, Compiler(8, 1)), Sizes(0, 128, 64, 64, Compiler(8, 3))),
     (
-        Gradient(768, 64, 32, 64, Compiler(8, 3), 32, 64, 512),
-        Gradient(0, 64, 32, 32, Compiler(8, 3), 32, 64, 512),
+        Sizes(512, 128, 32, 64, Compiler(8, 1)),
+        Sizes(1024, 64, 32, 32, Compiler(8, 1)),
+        Sizes(0, 128, 64, 64, Compiler(8, 3)),
     ),
-    Gradient(0, 64, 64, 32, Compiler(8, 3), 32, 64, 512),
+    (
+        Gradient(1024, 64, 16, 128, Compiler(8, 2), 32, 64, 1024),
+        Gradient(0, 64, 64, 32, Compiler(8, 3), 32, 128, 1024),
+    ),
+    (
+        Gradient(1024, 64, 32, 32, Compiler(8, 2), 32, 64, 1024),
+        Gradient(0, 64, 64, 32, Compiler(8, 3), 32, 128, 1024),
+    ),
 )
-# Scaling the coefficients takes registers.
-_FP16_80 = replace(
-    _HALF_80,
-    rows=(Gradient(768, 64, 32, 64, Compiler(8, 3), 32, 32, 512), _HALF_80.rows[-1]),
-)
-# Of sm_90 and later, for rows of any width, and for the banks.
-_ANY_WIDTH_HALF = Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 64, 512)
 _HALF_90 = Tiles(
     (
         Sizes(768, 128, 64, 64, Compiler(8, 1)),
-        Sizes(1024, 64, 32, 64, Compiler(4, 1)),
+        Sizes(1536, 64, 64, 64, Compiler(8, 1)),
         Sizes(0, 128, 64, 64, Compiler(8, 3)),
     ),
     (
         Gradient(768, 128, 32, 64, Compiler(8, 2), 32, 64, 512),
-        _ANY_WIDTH_HALF,
+        Gradient(1536, 64, 32, 64, Compiler(8, 2), 32, 128, 1024),
+        Gradient(0, 128, 64, 64, Compiler(8, 3), 64, 128, 512),
+        Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 128, 1024),
     ),
-    _ANY_WIDTH_HALF,
+    (
+        Gradient(768, 128, 64, 64, Compiler(8, 2), 32, 64, 512),
+        Gradient(1536, 64, 32, 64, Compiler(8, 2), 32, 128, 1024),
+        Gradient(0, 128, 64, 64, Compiler(8, 3), 64, 128, 512),
+        Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 128, 1024),
+    ),
 )
 _HALF_100 = Tiles(
-    (Sizes(768, 128, 32, 64, Compiler(8, 1)), Sizes(0, 128, 64, 64, Compiler(8, 3))),
-    (_ANY_WIDTH_HALF,),
-    _ANY_WIDTH_HALF,
+    (
+        Sizes(768, 128, 32, 64, Compiler(8, 1)),
+        Sizes(1536, 64, 32, 64, Compiler(8, 1)),
+        Sizes(0, 128, 64, 64, Compiler(8, 3)),
+    ),
+    (
+        Gradient(768, 128, 32, 64, Compiler(8, 2), 32, 64, 512),
+        Gradient(1536, 64, 32, 64, Compiler(8, 2), 32, 128, 1024),
+        Gradient(0, 128, 64, 64, Compiler(8, 3), 64, 64, 512),
+        Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 128, 1024),
+    ),
+    (
+        Gradient(768, 128, 32, 64, Compiler(8, 2), 32, 64, 512),
+        Gradient(1536, 64, 32, 64, Compiler(8, 2), 32, 128, 1024),
+        Gradient(0, 128, 64, 64, Compiler(8, 3), 64, 64, 512),
+        Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 128, 1024),
+    ),
 )
 _SINGLE_80 = Tiles(
-    (Sizes(256, 64, 16, 32, Compiler(8, 1)), Sizes(0, 64, 32, 32, Compiler(8, 2))),
-    (Gradient(0, 32, 32, 32, Compiler(8, 2), 32, 32, 256),),
-    Gradient(0, 32, 32, 32, Compiler(8, 2), 32, 32, 256),
+    (Sizes(256, 64, 16, 16, Compiler(8, 1)), Sizes(0, 64, 64, 16, Compiler(8, 2))),
+    (Gradient(0, 64, 32, 16, Compiler(8, 2), 16, 32, 512),),
+    # Plain TensorFloat-32 spills with 64 vectors.
+    (Gradient(0, 128, 64, 16, Compiler(8, 2), 16, 64, 512),),
 )
-# Eight warps spill, where products are plain TensorFloat-32.
-_FOUR_WARPS = Gradient(0, 32, 32, 16, Compiler(4, 2), 16, 32, 256)
 _SINGLE_90 = Tiles(
-    (Sizes(256, 64, 32, 16, Compiler(8, 1)), Sizes(0, 64, 32, 16, Compiler(8, 2))),
-    (_FOUR_WARPS,),
-    _FOUR_WARPS,
+    (
+        Sizes(384, 64, 32, 32, Compiler(8, 1)),
+        Sizes(0, 128, 64, 16, Compiler(8, 2)),
+        Sizes(0, 64, 64, 16, Compiler(8, 2)),
+    ),
+    (
+        Gradient(0, 128, 64, 16, Compiler(8, 2), 16, 64, 512),
+        Gradient(0, 64, 64, 16, Compiler(8, 2), 16, 64, 512),
+    ),
+    (
+        Gradient(0, 128, 64, 16, Compiler(8, 2), 16, 64, 512),
+        Gradient(0, 64, 64, 16, Compiler(8, 2), 16, 64, 512),
+    ),
 )
 _SINGLE_100 = Tiles(
-    (Sizes(0, 64, 32, 16, Compiler(8, 2)),),
-    (Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256),),
-    Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 256),
+    (Sizes(0, 64, 64, 16, Compiler(8, 2)),),
+    (
+        Gradient(0, 128, 64, 16, Compiler(8, 2), 16, 64, 512),
+        Gradient(0, 64, 64, 16, Compiler(8, 2), 16, 64, 512),
+    ),
+    (
+        Gradient(0, 128, 64, 32, Compiler(8, 2), 32, 64, 512),
+        Gradient(0, 64, 64, 32, Compiler(8, 2), 32, 64, 512),
+    ),
 )
 _DOUBLE = Tiles(
-    (Sizes(0, 32, 32, 16, Compiler(8, 2)),),
-    (Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 128),),
-    Gradient(0, 32, 32, 16, Compiler(8, 2), 16, 32, 128),
+    (Sizes(0, 64, 32, 16, Compiler(8, 2)),),
+    (Gradient(0, 64, 32, 16, Compiler(8, 2), 16, 32, 256),),
+    (Gradient(0, 64, 32, 16, Compiler(8, 2), 16, 32, 256),),
 )
 # (compute capability major, dtype of the rows) → tiles.
 TILES = {
     (8, torch.bfloat16): _HALF_80,
-    (8, torch.float16): _FP16_80,
+    (8, torch.float16): _HALF_80,
     (8, torch.float32): _SINGLE_80,
     (8, torch.float64): _DOUBLE,
     (9, torch.bfloat16): _HALF_90,
@@ -180,10 +222,11 @@ TILES = {
 WORKERS = 512
 # Small enough for a test of a few rows to cross the borders of tiles and chunks.
 _INTERPRETER_GRADIENT = Gradient(0, 32, 32, 32, Compiler(4, 1), 32, 32, 64)
+_INTERPRETER_HELD = replace(_INTERPRETER_GRADIENT, holds=96)
 INTERPRETER_TILES = Tiles(
     (Sizes(96, 32, 32, 32, Compiler(4, 1)), Sizes(0, 32, 32, 32, Compiler(4, 1))),
-    (Gradient(96, 32, 32, 32, Compiler(4, 1), 32, 32, 64), _INTERPRETER_GRADIENT),
-    _INTERPRETER_GRADIENT,
+    (_INTERPRETER_HELD, _INTERPRETER_GRADIENT),
+    (_INTERPRETER_HELD, _INTERPRETER_GRADIENT),
 )
 
 _forced: Tiles | None = None

@@ -58,7 +58,7 @@ def test_prototype_heads_on_the_same_rows_keep_one_gradient(device: torch.device
 def test_rows_in_several_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than a chunk of coefficients, more tiles than parts."""
     monkeypatch.setattr("fino_fast.kernels.backward.MAX_SPLITS", 2)
-    n = 5 * INTERPRETER_TILES.banks.rows + 5
+    n = 5 * INTERPRETER_TILES.banks[0].inner + 5
     calls = [
         head_call("linear", n, 7, 3, torch.float64, seed=1),
         head_call("tanh", n, 7, 1, torch.float64, seed=2),
@@ -67,7 +67,7 @@ def test_rows_in_several_parts(device: torch.device, monkeypatch: pytest.MonkeyP
         check_heads(calls, device)
     _, backward = [x for x in seen if x.kernel.__name__ == "operands_kernel"]
     assert described(backward, 2, "parts") == [2, 2]
-    assert described(backward, 2, "share")[0] > INTERPRETER_TILES.banks.chunk
+    assert described(backward, 2, "share")[0] > INTERPRETER_TILES.banks[0].chunk
 
 
 def test_a_bank_of_several_chunks(device: torch.device) -> None:
@@ -127,6 +127,8 @@ def test_results_are_the_same_to_the_bit(device: torch.device) -> None:
 
 def test_tiles_of_a_gpu(device: torch.device) -> None:
     tiles = TILES[9, torch.bfloat16]
-    short = [replace(sizes, chunk=128) for sizes in (*tiles.rows, tiles.banks)]
-    with forced(replace(tiles, rows=tuple(short[:-1]), banks=short[-1])):
+    rows, banks = (
+        tuple(replace(sizes, chunk=128) for sizes in every) for every in (tiles.rows, tiles.banks)
+    )
+    with forced(replace(tiles, rows=rows, banks=banks)):
         check_heads(heads_of_every_kind(140, 20, 260, torch.float16), device)

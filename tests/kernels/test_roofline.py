@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="counts the interpreter's own operations"
 )
 N, M, DEPTH = 64, 96, 96
-SWEEP, ROWS, BANKS = TILES.sweeps[0], TILES.rows[0], TILES.banks
+SWEEP, ROWS, BANKS = TILES.sweeps[0], TILES.rows[0], TILES.banks[0]
 
 
 @dataclass
@@ -114,7 +114,7 @@ def test_contrastive(counted: Counted, device: torch.device) -> None:
 def test_heads(kind: Kind, dtype: torch.dtype, counted: Counted, device: torch.device) -> None:
     call = head_call(kind, N, DEPTH, M, dtype)
     run_heads([call], device)
-    size, parts = dtype.itemsize, N // BANKS.rows
+    size, parts = dtype.itemsize, N // BANKS.inner
     if kind == "prototype":
         conversion = copied(M * DEPTH, (4, size)) + rows_read(N * DEPTH, size)
         counted.check("operands_kernel", conversion)
@@ -142,13 +142,13 @@ def test_rows_are_read_once_for_all_banks_on_them(
     alone = head_call("linear", N, 32, M, torch.float32, seed=50)
     x = calls[0].x
     tiles, tiles_alone = (
-        sum(triton.cdiv(len(call.bank), SWEEP.columns) for call in of) for of in (calls, [alone])
+        sum(triton.cdiv(len(call.bank), SWEEP.inner) for call in of) for of in (calls, [alone])
     )
     calls.insert(2, alone)  # the banks on the same rows are not neighbours
     counted.watched = [x, alone.x]
     for shares in (1, 3):
         monkeypatch.setattr(
-            "fino_fast.kernels.forward.WANTED_PROGRAMS", shares * triton.cdiv(N, SWEEP.rows)
+            "fino_fast.kernels.forward.WANTED_PROGRAMS", shares * triton.cdiv(N, SWEEP.outer)
         )
         counted.read.clear()
         run_heads(calls, device)
@@ -174,6 +174,20 @@ def test_rows_are_read_once_for_all_banks_on_them(
         assert counted.read["rows_kernel"] == expected
 
 
+@pytest.mark.parametrize("width", [BANKS.holds, BANKS.holds + 16])
+def test_a_trained_bank_is_read_once_for_all_rows(
+    width: int, counted: Counted, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """In the pass for its gradient, once for every part of the rows; wider ones for every tile."""
+    monkeypatch.setattr("fino_fast.kernels.backward.MAX_SPLITS", 2)
+    row_tiles = 5
+    call = head_call("linear", row_tiles * BANKS.inner, width, M, torch.float32)
+    counted.watched = [call.bank]
+    run_heads([call], device)
+    times = 2 if width <= BANKS.holds else row_tiles
+    assert counted.read["banks_kernel"] == [times * call.bank.nbytes]
+
+
 def test_overlap(counted: Counted, device: torch.device) -> None:
     u, m = (random(k, DEPTH, dtype=torch.float32, seed=k).to(device) for k in (N, M))
     one, none = torch.ones((), device=device), torch.empty(0, dtype=torch.int64, device=device)
@@ -181,7 +195,7 @@ def test_overlap(counted: Counted, device: torch.device) -> None:
     bank = Bank(OVERLAP.value, 0, u, m, one, zeros, one / N, none, 0.0, 1.0, one)
     lse = forward([bank], [-1], False).lse[0]
     backward([bank], [Upstream(one, lse, lse, True)], [u], [], False)
-    parts = N // BANKS.rows
+    parts = N // BANKS.inner
     counted.check("operands_kernel", copied(2 * N * DEPTH, (4, 4)))
     zeros_read = values_read(N * M, 4)
     at_rows = gradient_sweep(N, M, DEPTH, 4, ROWS, written=4)

@@ -307,7 +307,8 @@ def test_memory_of_a_million_classes_and_65536_rows() -> None:
     tiles = TILES[9, torch.bfloat16]
     copies = 2 * classes * depth  # a bank in the dtype of the rows
     room = max(
-        WORKERS * sizes.rows * (2 * sizes.chunk + 4 * depth) for sizes in (*tiles.rows, tiles.banks)
+        WORKERS * sizes.outer * (2 * sizes.chunk + 4 * depth)
+        for sizes in (*tiles.rows, *tiles.banks)
     )
     sums = 4 * 20 * n * MAX_SPLITS + 4 * (n + classes)
 
@@ -385,4 +386,4 @@ def test_gradients_beyond_31_bits(device: torch.device) -> None:
     assert described(operands, 1, "share")[0] * described(operands, 1, "parts")[0] < 2**31
     assert banks.arguments["scratch_size"] < 2**31
     tile = TILES[9, torch.bfloat16].rows[0]
-    assert tile.rows * classes < 2**31  # the largest offset inside a tile of values
+    assert tile.outer * classes < 2**31  # the largest offset inside a tile of values

@@ -1,0 +1,59 @@
+"""Which tiles are taken, and into how many parts the rows of a bank's gradient are split."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fino_fast.kernels.backward import WANTED_BANK_TILES, split_rows
+from fino_fast.kernels.forward import MAX_SPLITS
+from fino_fast.kernels.tiles import TILES, WANTED_PROGRAMS, choose, pieces
+
+ROWS = TILES[9, torch.bfloat16].rows
+LARGE, SMALL, LARGE_ANY, SMALL_ANY = ROWS
+MANY = WANTED_PROGRAMS * LARGE.outer
+
+
+@pytest.mark.parametrize(
+    ("depth", "vectors", "expected"),
+    [
+        (LARGE.holds, MANY, LARGE),
+        # Not enough tiles for a GPU, or too wide for the large ones.
+        (LARGE.holds, MANY - LARGE.outer, SMALL),
+        (LARGE.holds + 16, MANY, SMALL),
+        # Too wide to be held.
+        (SMALL.holds + 16, MANY, LARGE_ANY),
+        (SMALL.holds + 16, 1, SMALL_ANY),
+        # No vectors at all.
+        (0, 0, SMALL),
+    ],
+)
+def test_the_largest_tiles_that_fill_a_gpu(depth: int, vectors: int, expected: object) -> None:
+    assert choose(ROWS, depth, vectors) is expected
+
+
+@pytest.mark.parametrize("key", TILES, ids=str)
+def test_every_width_has_tiles(key: tuple[int, torch.dtype]) -> None:
+    for sizes in (TILES[key].sweeps, TILES[key].rows, TILES[key].banks):
+        assert sizes == tuple(
+            sorted(sizes, key=lambda s: (not s.holds, s.holds, -s.outer)),
+        )
+        for depth in (16, 768, 100_000):
+            for vectors in (1, 10**6):
+                chosen = choose(sizes, depth, vectors)
+                assert chosen.holds >= depth or chosen.holds == 0
+                assert pieces(chosen, [depth]) == (
+                    (-(-depth // chosen.depth),) if chosen.holds else (0,)
+                )
+
+
+@pytest.mark.parametrize("classes", [1, 35, 1000, 10_000, 50_000, 1_000_000])
+@pytest.mark.parametrize("rows", [1, 63, 8192, 131_072])
+def test_rows_are_split_where_a_bank_has_few_tiles(classes: int, rows: int) -> None:
+    sizes = replace(LARGE, outer=128, inner=64)
+    share, parts = split_rows(classes, rows, sizes)
+    assert share % sizes.inner == 0
+    assert (parts - 1) * share < rows <= parts * share  # no part without a row
+    tiles = -(-classes // sizes.outer)
+    assert parts <= max(1, min(MAX_SPLITS, WANTED_BANK_TILES // tiles))
+    if rows == 131_072:
+        assert parts == max(1, min(MAX_SPLITS, WANTED_BANK_TILES // tiles))
