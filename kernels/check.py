@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from multiprocessing import cpu_count, get_context
 from pathlib import Path
@@ -36,7 +36,7 @@ from .page import write_between
 from .rows import rows_kernel
 from .sweep import sweep_kernel
 from .table import Kept
-from .tiles import TILES, Tiles, forced
+from .tiles import TILES, AnySizes, Tiles, forced
 
 CAPABILITIES = tuple(SHARED_LIMIT)
 TF32 = "tf32"
@@ -188,10 +188,14 @@ def every_launch(dtype: torch.dtype, tiles: Tiles, widths: Sequence[int] = ()) -
 
 def levels(tiles: Tiles) -> list[Tiles]:
     """The tiles without their first, second, … sizes, so that each of them is the first once."""
-    lists = {"sweeps": tiles.sweeps, "rows": tiles.rows, "banks": tiles.banks}
+
+    def without(sizes: tuple[AnySizes, ...], first: int) -> tuple[AnySizes, ...]:
+        return sizes[first:] or sizes[-1:]
+
+    most = max(len(sizes) for sizes in (tiles.sweeps, tiles.rows, tiles.banks))
     return [
-        replace(tiles, **{name: sizes[level:] or sizes[-1:] for name, sizes in lists.items()})
-        for level in range(max(map(len, lists.values())))
+        Tiles(without(tiles.sweeps, i), without(tiles.rows, i), without(tiles.banks, i))
+        for i in range(most)
     ]
 
 
