@@ -87,11 +87,14 @@ def backward(
         start.swept if bank.kind == OVERLAP.value else want_bank and bank.is_trained
         for bank, start in zip(banks, upstream, strict=True)
     ]
-    at_banks = [entry for entry, wanted in zip(table, trained, strict=True) if wanted]
-    depths = {entry.depth for entry in at_banks}
-    most = max((entry.classes for entry in at_banks), default=0)
-    sizes = choose(tiles.banks, max(depths, default=0), most * MAX_SPLITS)
-    shares, parts, items, tile_of = _bank_work(banks, n, trained, sizes)
+    entries = list(zip(table, trained, strict=True))
+    depths = {entry.depth for entry, is_trained in entries if is_trained}
+    classes = [entry.classes if is_trained else 0 for entry, is_trained in entries]
+    sizes = choose(tiles.banks, max(depths, default=0), max(classes, default=0) * MAX_SPLITS)
+    bank_tiles = [triton.cdiv(count, sizes.outer) for count in classes]
+    share, parts = split_rows(sum(bank_tiles), n, sizes)
+    items = [count * parts for count in bank_tiles]
+    tile_of = [triton.cdiv(count, COMBINE_ROWS) for count in classes]
     # Those that share a gradient are neighbours in the table.
     order = sorted(range(len(banks)), key=lambda e: (banks[e].space, upstream[e].swept))
     first_item, first_tile = (
@@ -117,8 +120,8 @@ def backward(
         descriptor.first_item, descriptor.first_tile = first_item[index], first_tile[index]
         result.vectors.append(None)
         result.offset.append(grad_scale if bank.kind == PAIRS.value else None)
-        if parts[index]:
-            _describe_results(descriptor, bank, row, parts[index], shares[index], result)
+        if trained[index]:
+            _describe_results(descriptor, bank, row, parts, share, result)
     table = [table[e] for e in order]
     walks = number_walks(table, tiles, n)
     records = [
@@ -182,38 +185,20 @@ def backward(
     return result
 
 
-def split_rows(classes: int, n: int, sizes: Gradient) -> tuple[int, int]:
-    """Into what parts the rows are split for the gradient at a bank: (rows in a part, parts)."""
-    bank_tiles, row_tiles = triton.cdiv(classes, sizes.outer), triton.cdiv(n, sizes.inner)
-    wanted = max(1, min(row_tiles, MAX_SPLITS, WANTED_BANK_TILES // bank_tiles))
+def split_rows(bank_tiles: int, n: int, sizes: Gradient) -> tuple[int, int]:
+    """Into what parts the rows are split for the gradients at banks: (rows in a part, parts).
+
+    Args:
+        bank_tiles: of all banks together. So the parts of all of them have no more vectors than
+            WANTED_BANK_TILES tiles, or than the banks.
+        n: rows.
+        sizes: of the tiles.
+    """
+    row_tiles = triton.cdiv(n, sizes.inner)
+    wanted = max(1, min(row_tiles, MAX_SPLITS, WANTED_BANK_TILES // max(1, bank_tiles)))
     # No part without a row.
     share = triton.cdiv(row_tiles, wanted)
     return share * sizes.inner, triton.cdiv(row_tiles, share)
-
-
-def _bank_work(
-    banks: list[Bank], n: int, trained: list[bool], sizes: Gradient
-) -> tuple[list[int], list[int], list[int], list[int]]:
-    """How the gradients at the banks are shared out, by bank.
-
-    Args:
-        trained: which of them get any.
-        sizes: of the tiles.
-
-    Returns:
-        (rows in a part, parts, tiles of the bank times parts, tiles of the result); 0 where there
-        is no gradient.
-    """
-    shares, parts, items, tile_of = [], [], [], []
-    for bank, is_trained in zip(banks, trained, strict=True):
-        classes = bank.vectors.shape[0]
-        share, count = split_rows(classes, n, sizes)
-        count = count if is_trained else 0
-        shares.append(share)
-        parts.append(count)
-        items.append(count * triton.cdiv(classes, sizes.outer))
-        tile_of.append(triton.cdiv(classes, COMBINE_ROWS) if is_trained else 0)
-    return shares, parts, items, tile_of
 
 
 def _describe_results(

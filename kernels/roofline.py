@@ -162,7 +162,7 @@ def head_cost(
         return cost + rows_read(n * depth, size)
     # Backward the bank is converted again.
     at_bank = choose(tiles.banks, depth, classes * MAX_SPLITS)
-    _, parts = split_rows(classes, n, at_bank)
+    _, parts = split_rows(cdiv(classes, at_bank.outer), n, at_bank)
     return (
         cost
         + copied(classes * depth, (itemsize[1], size))
