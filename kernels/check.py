@@ -10,13 +10,14 @@ run), or sweeps without tensor cores.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from multiprocessing import cpu_count, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +129,14 @@ class Checked:
 def compiled(
     dtypes: Iterable[str], capabilities: Iterable[int], widths: Sequence[int] = ()
 ) -> list[Checked]:
-    """All launches for all of these, as many at a time as there are processors.
+    """All launches for all of these, as many at a time as there are processors for this process.
 
     Args:
         widths: of the embeddings; empty: all that `every_launch` knows.
     """
     tasks = list(product(dtypes, capabilities, [tuple(widths)]))
     # Not forked: PyTorch has threads by now.
-    with ProcessPoolExecutor(cpu_count(), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
         return [checked for found in pool.map(_compiled, tasks) for checked in found]
 
 

@@ -103,7 +103,7 @@ def choose(sizes: Sequence[AnySizes], depth: int, vectors: int) -> AnySizes:
 
 
 def pieces(sizes: Sizes, depths: Iterable[int]) -> tuple[int, ...]:
-    """In how many pieces rows of all these widths are held; 0: they are not.
+    """In how many pieces vectors of all these widths are held; 0: they are not.
 
     Args:
         sizes: chosen by the widest of them.
