@@ -23,13 +23,12 @@ from .tiles import (
     Compiler,
     Gradient,
     choose,
-    pieces,
     tiles_for,
 )
 
 COMBINE_ROWS, COMBINE_DEPTH = 8, 32
-# A bank of fewer tiles is split by rows: about two programs for every multiprocessor of a large
-# GPU, so that few of them wait for the last ones.
+# Where the banks have fewer, the rows are split: about two programs for every multiprocessor of a
+# large GPU, so that few of them wait for the last ones.
 WANTED_BANK_TILES = 2 * WANTED_PROGRAMS
 
 
@@ -144,8 +143,7 @@ def backward(
             min(sum(items), WORKERS),
             row,
             sizes.compiler,
-            sweep_constants(spaces[0], sizes, sizes.inner, sizes.outer)
-            | {"HELD": pieces(sizes, depths)},
+            sweep_constants(spaces[0], sizes, sizes.inner, sizes.outer, depths),
             table=address,
             entries=len(table),
             **space,

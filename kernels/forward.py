@@ -18,7 +18,7 @@ from .operands import padded, starts
 from .rows import rows_kernel
 from .sweep import sweep_kernel
 from .table import Descriptor, words
-from .tiles import WANTED_PROGRAMS, WORKERS, Gradient, Sizes, Tiles, choose, pieces, tiles_for
+from .tiles import WANTED_PROGRAMS, WORKERS, Gradient, Sizes, Tiles, choose, tiles_for
 
 REDUCE_BLOCK = 1024
 MAX_SPLITS = 16  # partial sums of a row; bounds their memory at 20·MAX_SPLITS bytes a row and bank
@@ -96,8 +96,7 @@ def forward(banks: list[Bank], groups: list[int], balanced: bool) -> Losses:
         programs,
         row,
         sizes.compiler,
-        sweep_constants(spaces[0], sizes, sizes.outer, sizes.inner)
-        | {"HELD": pieces(sizes, depths)},
+        sweep_constants(spaces[0], sizes, sizes.outer, sizes.inner, depths),
         table=address,
         entries=len(banks),
         planes=partial.shape[1],
@@ -151,8 +150,8 @@ def launch_rows(
         reduced + min(items, WORKERS),
         result.lse,
         sizes.compiler,
-        sweep_constants(spaces[0], sizes, sizes.outer, sizes.inner)
-        | {"HELD": pieces(sizes, depths), "BLOCK": REDUCE_BLOCK},
+        sweep_constants(spaces[0], sizes, sizes.outer, sizes.inner, depths)
+        | {"BLOCK": REDUCE_BLOCK},
         table=address,
         entries=len(table),
         planes=planes,

@@ -1,6 +1,6 @@
 """The one place where kernels are launched: here launches are counted, recorded or compiled."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .tiles import Compiler, Gradient, Sizes
+from .tiles import Compiler, Gradient, Sizes, pieces
 
 Runner = Callable[["Launch"], None]
 
@@ -95,11 +95,16 @@ def sum_type(dtype: torch.dtype) -> Any:
     return element_type(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def sweep_constants(x: Tensor, sizes: Sizes, rows: int, columns: int) -> dict[str, Any]:
+def sweep_constants(
+    x: Tensor, sizes: Sizes, rows: int, columns: int, depths: Iterable[int]
+) -> dict[str, Any]:
     """The compile-time arguments that every sweep over rows like `x` takes.
 
     Args:
+        x: of the dtype of the launch.
+        sizes: of the tile loop.
         rows, columns: of a tile of logits.
+        depths: widths of the outer vectors.
     """
     constants = {
         "TYPE": element_type(x.dtype),
@@ -107,6 +112,7 @@ def sweep_constants(x: Tensor, sizes: Sizes, rows: int, columns: int) -> dict[st
         "ROWS": rows,
         "COLUMNS": columns,
         "DEPTH": sizes.depth,
+        "HELD": pieces(sizes, depths),
         "PRECISION": input_precision(x),
         # The interpreter's bf16 product is wrong; there the operands are widened first.
         "WIDEN": bool(triton.knobs.runtime.interpret) and x.dtype == torch.bfloat16,

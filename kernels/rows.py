@@ -237,8 +237,7 @@ def rows_kernel(
                 if is_held_in(HELD[i], depth, DEPTH):
                     held = hold(x, x_stride, rows, rows < n, depth, DEPTH, HELD[i])
                     for f in tl.range(first, last, disable_licm=True):
-                        # Pointers are made here, and not before the loops, where two of them are
-                        # more than an sm_80 has registers for.
+                        # Pointers are made where they are used: registers are short.
                         rows_gradient(
                             held, table + f * FIELDS, tile,
                             work + worker.to(tl.int64) * ROWS * CHUNK,

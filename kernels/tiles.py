@@ -112,6 +112,7 @@ def pieces(sizes: Sizes, depths: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(set(counts)))
 
 
+# Below, in this order: holds, outer, inner, depth, compiler, and of gradients step, width, chunk.
 _HALF_80 = Tiles(
     (
         Sizes(512, 128, 32, 64, Compiler(8, 1)),
@@ -127,49 +128,37 @@ _HALF_80 = Tiles(
         Gradient(0, 64, 64, 32, Compiler(8, 3), 32, 128, 1024),
     ),
 )
+# Of sm_90 and later.
+_HALF_768 = Gradient(768, 128, 32, 64, Compiler(8, 2), 32, 64, 512)
+_HALF_1536 = Gradient(1536, 64, 32, 64, Compiler(8, 2), 32, 128, 1024)
+_HALF_LARGE = Gradient(0, 128, 64, 64, Compiler(8, 3), 64, 128, 512)
+_HALF_SMALL = Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 128, 1024)
 _HALF_90 = Tiles(
     (
         Sizes(768, 128, 64, 64, Compiler(8, 1)),
         Sizes(1536, 64, 64, 64, Compiler(8, 1)),
         Sizes(0, 128, 64, 64, Compiler(8, 3)),
     ),
-    (
-        Gradient(768, 128, 32, 64, Compiler(8, 2), 32, 64, 512),
-        Gradient(1536, 64, 32, 64, Compiler(8, 2), 32, 128, 1024),
-        Gradient(0, 128, 64, 64, Compiler(8, 3), 64, 128, 512),
-        Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 128, 1024),
-    ),
-    (
-        Gradient(768, 128, 64, 64, Compiler(8, 2), 32, 64, 512),
-        Gradient(1536, 64, 32, 64, Compiler(8, 2), 32, 128, 1024),
-        Gradient(0, 128, 64, 64, Compiler(8, 3), 64, 128, 512),
-        Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 128, 1024),
-    ),
+    (_HALF_768, _HALF_1536, _HALF_LARGE, _HALF_SMALL),
+    (replace(_HALF_768, inner=64), _HALF_1536, _HALF_LARGE, _HALF_SMALL),
 )
+_HALF_GRADIENTS_100 = (_HALF_768, _HALF_1536, replace(_HALF_LARGE, width=64), _HALF_SMALL)
 _HALF_100 = Tiles(
     (
         Sizes(768, 128, 32, 64, Compiler(8, 1)),
         Sizes(1536, 64, 32, 64, Compiler(8, 1)),
         Sizes(0, 128, 64, 64, Compiler(8, 3)),
     ),
-    (
-        Gradient(768, 128, 32, 64, Compiler(8, 2), 32, 64, 512),
-        Gradient(1536, 64, 32, 64, Compiler(8, 2), 32, 128, 1024),
-        Gradient(0, 128, 64, 64, Compiler(8, 3), 64, 64, 512),
-        Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 128, 1024),
-    ),
-    (
-        Gradient(768, 128, 32, 64, Compiler(8, 2), 32, 64, 512),
-        Gradient(1536, 64, 32, 64, Compiler(8, 2), 32, 128, 1024),
-        Gradient(0, 128, 64, 64, Compiler(8, 3), 64, 64, 512),
-        Gradient(0, 64, 64, 64, Compiler(8, 3), 64, 128, 1024),
-    ),
+    _HALF_GRADIENTS_100,
+    _HALF_GRADIENTS_100,
 )
+_SINGLE_LARGE = Gradient(0, 128, 64, 16, Compiler(8, 2), 16, 64, 512)
+_SINGLE_SMALL = replace(_SINGLE_LARGE, outer=64)
 _SINGLE_80 = Tiles(
     (Sizes(256, 64, 16, 16, Compiler(8, 1)), Sizes(0, 64, 64, 16, Compiler(8, 2))),
     (Gradient(0, 64, 32, 16, Compiler(8, 2), 16, 32, 512),),
     # Plain TensorFloat-32 spills with 64 vectors.
-    (Gradient(0, 128, 64, 16, Compiler(8, 2), 16, 64, 512),),
+    (_SINGLE_LARGE,),
 )
 _SINGLE_90 = Tiles(
     (
@@ -177,30 +166,20 @@ _SINGLE_90 = Tiles(
         Sizes(0, 128, 64, 16, Compiler(8, 2)),
         Sizes(0, 64, 64, 16, Compiler(8, 2)),
     ),
-    (
-        Gradient(0, 128, 64, 16, Compiler(8, 2), 16, 64, 512),
-        Gradient(0, 64, 64, 16, Compiler(8, 2), 16, 64, 512),
-    ),
-    (
-        Gradient(0, 128, 64, 16, Compiler(8, 2), 16, 64, 512),
-        Gradient(0, 64, 64, 16, Compiler(8, 2), 16, 64, 512),
-    ),
+    (_SINGLE_LARGE, _SINGLE_SMALL),
+    (_SINGLE_LARGE, _SINGLE_SMALL),
 )
 _SINGLE_100 = Tiles(
     (Sizes(0, 64, 64, 16, Compiler(8, 2)),),
-    (
-        Gradient(0, 128, 64, 16, Compiler(8, 2), 16, 64, 512),
-        Gradient(0, 64, 64, 16, Compiler(8, 2), 16, 64, 512),
-    ),
-    (
-        Gradient(0, 128, 64, 32, Compiler(8, 2), 32, 64, 512),
-        Gradient(0, 64, 64, 32, Compiler(8, 2), 32, 64, 512),
-    ),
+    (_SINGLE_LARGE, _SINGLE_SMALL),
+    # With steps of 16 it spills.
+    tuple(replace(sizes, depth=32, step=32) for sizes in (_SINGLE_LARGE, _SINGLE_SMALL)),
 )
+_DOUBLE_GRADIENT = Gradient(0, 64, 32, 16, Compiler(8, 2), 16, 32, 256)
 _DOUBLE = Tiles(
     (Sizes(0, 64, 32, 16, Compiler(8, 2)),),
-    (Gradient(0, 64, 32, 16, Compiler(8, 2), 16, 32, 256),),
-    (Gradient(0, 64, 32, 16, Compiler(8, 2), 16, 32, 256),),
+    (_DOUBLE_GRADIENT,),
+    (_DOUBLE_GRADIENT,),
 )
 # (compute capability major, dtype of the rows) → tiles.
 TILES = {
