@@ -322,6 +322,88 @@ def _starts(sizes: list[int]) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
+_Term = _structure(
+    "FinoTerm",
+    dict.fromkeys(
+        ("sums", "best", "labels", "inv_count", "lse", "loss", "metric", "weighted"),
+        ctypes.c_void_p,
+    )
+    | dict.fromkeys(("splits", "classes"), ctypes.c_int64)
+    | dict.fromkeys(("smoothing", "weight"), ctypes.c_double)
+    | {"is_error": ctypes.c_bool},
+)
+
+
+@torch.library.custom_op("fino::term_losses", mutates_args=("lse",))
+def term_losses(
+    sums: Tensor,
+    best: Tensor,
+    labels: list[Tensor],
+    inv_count: list[Tensor],
+    splits: list[int],
+    classes: list[int],
+    smoothing: list[float],
+    weight: list[float],
+    is_error: list[bool],
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and metrics of heads and contrastive term, from their rows' sums; in one launch.
+
+    Args:
+        sums: [4, P] fp32, P = N · Σ splits: of every term one after the other, and of every part of
+            its bank, the rows' log-sum-exps; largest logits; logits of the targets, or squared
+            errors; sums of all logits.
+        best: [P] int32, classes of the largest logits.
+        labels: [N] int64 each, −1 is missing; empty where there are none.
+        inv_count: 0-d fp32 each.
+        splits, classes, smoothing, weight: of every term.
+        is_error: which terms are squared errors; the others are cross entropies.
+        lse: [E, N] fp32; filled with the log-sum-exps over all parts.
+
+    Returns:
+        (losses, metrics, losses times weights), [E] fp32.
+    """
+    sums, best = sums.contiguous(), best.contiguous()
+    labels = [label.contiguous() for label in labels]
+    n = lse.shape[1]
+    results = losses, metrics, weighted = _losses_like(sums, splits)
+    table = _table(
+        _Term,
+        [
+            {
+                "sums": sums[0, n * first :],
+                "best": best[n * first :],
+                "labels": _or_null(labels[e]),
+                "inv_count": inv_count[e],
+                "lse": lse[e],
+                "loss": losses[e],
+                "metric": metrics[e],
+                "weighted": weighted[e],
+                "splits": splits[e],
+                "classes": classes[e],
+                "smoothing": smoothing[e],
+                "weight": weight[e],
+                "is_error": is_error[e],
+            }
+            for e, first in enumerate(_starts(splits))
+        ],
+    )
+    _call("fino_term_losses", sums.device, table, len(splits), sums.shape[1], n)
+    return results
+
+
+@term_losses.register_fake
+def _(
+    sums: Tensor, best: Tensor, labels: Any, inv_count: Any, splits: list[int], *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _losses_like(sums, splits)
+
+
+def _losses_like(sums: Tensor, splits: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    losses, metrics, weighted = (sums.new_empty(len(splits)) for _ in range(3))
+    return losses, metrics, weighted
+
+
 _Bank = _structure(
     "FinoBank",
     dict.fromkeys(
@@ -381,6 +463,11 @@ def _(*arguments: Any) -> None:
 def serves_rows(z: Tensor) -> bool:
     """Whether `group_statistics` takes these rows."""
     return AVAILABLE and z.is_cuda and z.dtype in TYPES
+
+
+def serves_sums(sums: Tensor) -> bool:
+    """Whether `term_losses` takes the sums of a sweep."""
+    return AVAILABLE and sums.is_cuda and sums.dtype == torch.float32
 
 
 def serves(bank: Tensor, rows: Tensor) -> bool:

@@ -120,7 +120,7 @@ def _run(
     ]  # fmt: skip
     recording = torch.is_grad_enabled()
     spaces: dict[int, int] = {}
-    losses, guides, metrics, _, kept = step_forward(
+    losses, guides, metrics, _, kept, *_ = step_forward(
         *(list(column) for column in zip(*entries, strict=True)),
         [spaces.setdefault(id(entry.x), len(spaces)) for entry in entries],
         batch,

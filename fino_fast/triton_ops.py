@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .distributed import gather_views
 from .kernels.backward import Gradients, Upstream, backward
-from .kernels.bank import Bank, Batch
-from .kernels.epilogues import OVERLAP, PAIRS, PROTOTYPE, TANH
-from .kernels.forward import forward, kept_groups
+from .kernels.bank import Bank, Batch, is_head
+from .kernels.epilogues import OVERLAP, PAIRS, PROTOTYPE
+from .kernels.forward import forward
 from .kernels.operands import padded
 from .kernels.table import Kept
 from .reference import accumulation_dtype
@@ -36,7 +36,7 @@ def step_forward(
     balanced: bool,
     want_x: bool,
     want_bank: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
     """All terms of a step; the lists have one entry a bank, as in `kernels.bank.Bank`.
 
     The heads come first.
@@ -50,26 +50,53 @@ def step_forward(
 
     Returns:
         (losses [E], 0-d Σ weight · loss of the heads, metrics [E], log-sum-exps [E, N], gradients
-        kept at the rows), in the dtype of the sums; see `kernels.forward`.
+        kept at the rows, all in the dtype of the sums; the vectors of the prototype heads as the
+        sweep read them, and their counts one after the other, both empty where the backward pass
+        does not sweep them); see `kernels.forward`.
     """
     banks = _banks(
         list(range(len(x))), x, bank, offset, target, inv_count, counts, guidance, kind, smoothing,
         weight, space, batch,
     )  # fmt: skip
-    result = forward(banks, kept_groups(kind, space, balanced, want_x), balanced)
-    heads = sum(k <= TANH.value for k in kind)
-    return result.losses, result.weighted[:heads].sum(), result.metrics, result.lse, result.kept
+    result = forward(banks, balanced)
+    heads = sum(map(is_head, kind))
+    moving = _moving(kind, balanced, want_x)
+    return (
+        result.losses,
+        result.weighted[:heads].sum(),
+        result.metrics,
+        result.lse,
+        result.kept,
+        result.prototypes if moving else [],
+        torch.cat([counts[f] for f in moving]) if moving else counts[0].new_empty(0),
+    )
+
+
+def _moving(kind: list[int], balanced: bool, want_x: bool) -> list[int]:
+    """The prototype heads that the backward pass sweeps: their banks move before it."""
+    if balanced or not want_x:
+        return []
+    return [f for f, k in enumerate(kind) if k == PROTOTYPE.value]
 
 
 @step_forward.register_fake
-def _(x: list[Tensor], *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    *_, kind, _, _, space, _, balanced, want_x, _ = others
-    (n, _), dtype = x[0].shape, accumulation_dtype(x[0].dtype)
+def _(
+    x: list[Tensor], bank: list[Tensor], *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
+    *_, counts, _, kind, _, _, _, _, balanced, want_x, _ = others
+    n, dtype = x[0].shape[0], accumulation_dtype(x[0].dtype)
     losses, metrics = (x[0].new_empty(len(x), dtype=dtype) for _ in range(2))
-    groups = kept_groups(kind, space, balanced, want_x)
-    members = [groups.index(group) for group in range(max(groups) + 1)]
-    kept = [x[f].new_empty((n, padded(x[f].shape[1])), dtype=dtype) for f in members]
-    return losses, losses.new_empty(()), metrics, losses.new_empty(len(x), n), kept
+    heads = range(sum(map(is_head, kind)) if balanced else 0)
+    moving = _moving(kind, balanced, want_x)
+    return (
+        losses,
+        losses.new_empty(()),
+        metrics,
+        losses.new_empty(len(x), n),
+        [losses.new_empty(n, padded(x[f].shape[1])) for f in heads],
+        [x[f].new_empty(bank[f].shape[0], padded(bank[f].shape[1])) for f in moving],
+        counts[0].new_empty(sum(bank[f].shape[0] for f in moving)),
+    )
 
 
 @torch.library.custom_op("fino::step_backward", mutates_args=())
@@ -86,6 +113,7 @@ def step_backward(
     offset: list[Tensor],
     target: list[Tensor],
     inv_count: list[Tensor],
+    counts: Tensor,
     kind: list[int],
     smoothing: list[float],
     weight: list[float],
@@ -103,6 +131,7 @@ def step_backward(
         column_lse: log-sum-exps of the rows of all ranks; empty without a contrastive term.
         spaces: the different x.
         slot: numbers of the banks that are swept again; bank, offset, target, inv_count are theirs.
+            Prototypes, and counts, are as the forward pass returned them; their offset is empty.
 
     Returns:
         (∂L/∂x of every space; of every bank in `slot` ∂L/∂bank and ∂L/∂offset, empty where there is
@@ -112,31 +141,33 @@ def step_backward(
     grad_losses, grad_guides = (
         grad.to(lse.dtype).contiguous() for grad in (grad_losses, grad_guides)
     )
-    no_counts = grad_losses.new_empty(0, dtype=torch.int64)
+    no_counts = counts[:0]
+    moving = [len(b) for f, b in zip(slot, bank, strict=True) if kind[f] == PROTOTYPE.value]
+    of_moving = iter(torch.split_with_sizes(counts, moving))
     banks = _banks(
         slot, [spaces[space[f]] for f in slot], bank, offset, target, inv_count,
-        [no_counts] * len(slot), [guidance[f] for f in slot], [kind[f] for f in slot],
-        [smoothing[f] for f in slot], [weight[f] for f in slot], [space[f] for f in slot], batch,
+        [next(of_moving) if kind[f] == PROTOTYPE.value else no_counts for f in slot],
+        [guidance[f] for f in slot], [kind[f] for f in slot], [smoothing[f] for f in slot],
+        [weight[f] for f in slot], [space[f] for f in slot], batch,
     )  # fmt: skip
-    groups = kept_groups(kind, space, balanced, want_x)
 
     def at_loss(f: int) -> Tensor:
-        return grad_guides if kind[f] <= TANH.value and not balanced else grad_losses[f]
+        return grad_guides if is_head(kind[f]) and not balanced else grad_losses[f]
 
     upstream = []
     for f, entry in zip(slot, banks, strict=True):
+        entry.is_ready = kind[f] == PROTOTYPE.value
         if balanced:
             entry.weight = 1.0
-        upstream.append(Upstream(at_loss(f), lse[f], column_lse, want_x and groups[f] < 0))
-    one = grad_guides.new_ones(())
-    members = [groups.index(group) for group in range(len(kept))]
+        swept = want_x and not (balanced and is_head(kind[f]))
+        upstream.append(Upstream(at_loss(f), lse[f], column_lse, swept))
     result: Gradients = backward(
         banks,
         upstream,
         spaces,
         [
-            Kept(gradient, space[f], at_loss(f), guidance[f].to(lse.dtype) if balanced else one)
-            for f, gradient in zip(members, kept, strict=True)
+            Kept(gradient, space[f], at_loss(f), guidance[f].to(lse.dtype))
+            for f, gradient in enumerate(kept)
         ],
         want_bank,
     )
@@ -152,10 +183,10 @@ def step_backward(
 def _(
     grad_losses: Tensor, grad_guides: Tensor, lse: Tensor, *others: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    _, _, spaces, _, slot, bank, offset, _, _, kind, *_, want_x, want_bank = others
+    _, _, spaces, _, slot, bank, offset, _, _, _, kind, *_, want_x, want_bank = others
     kinds = [kind[f] for f in slot]
-    at_bank = {PAIRS.value: False, OVERLAP.value: want_x}
-    at_offset = {PAIRS.value: True, OVERLAP.value: False}
+    at_bank = {PROTOTYPE.value: False, PAIRS.value: False, OVERLAP.value: want_x}
+    at_offset = {PROTOTYPE.value: False, PAIRS.value: True, OVERLAP.value: False}
     return (
         [x.new_empty(x.shape) for x in spaces],
         [
@@ -198,14 +229,19 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None
     # Else autograd would make zeros as large as the kept gradients, for those at them.
     ctx.set_materialize_grads(False)
     x, bank, offset, target, inv_count, _, guidance, *rest = inputs
-    *_, lse, kept = output
-    kind, _, _, space, *_ = rest
+    *_, lse, kept, prototypes, counts = output
+    kind, _, _, space, _, balanced, want_x, _ = rest
     ctx.rest = rest
-    # A prototype bank moves before the backward pass, and is not needed there.
-    ctx.slot = [f for f in range(len(x)) if kind[f] != PROTOTYPE.value]
-    swept = ([values[f] for f in ctx.slot] for values in (bank, offset, target, inv_count))
+    moving = dict(zip(_moving(kind, balanced, want_x), prototypes, strict=True))
+    ctx.slot = [f for f in range(len(x)) if kind[f] != PROTOTYPE.value or f in moving]
+    swept = (
+        [moving.get(f, bank[f]) for f in ctx.slot],
+        [offset[f] for f in ctx.slot if f not in moving],
+        [target[f] for f in ctx.slot],
+        [inv_count[f] for f in ctx.slot],
+    )
     spaces = [x[space.index(i)] for i in range(max(space) + 1)]
-    lists = ([lse], kept, spaces, guidance, *swept)
+    lists = ([lse, counts], kept, spaces, guidance, *swept)
     ctx.sizes = [len(tensors) for tensors in lists]
     ctx.save_for_backward(*(tensor for tensors in lists for tensor in tensors))
 
@@ -214,7 +250,7 @@ def _backward(
     ctx: Any, grad_losses: Tensor | None, grad_guides: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
-    (lse,), kept, spaces, guidance, *swept = (
+    (lse, counts), kept, spaces, guidance, bank, offset, target, inv_count = (
         [next(saved) for _ in range(size)] for size in ctx.sizes
     )
     kind, _, _, space, batch, _, want_x, _ = ctx.rest
@@ -225,18 +261,20 @@ def _backward(
     grad_guides = lse.new_zeros(()) if grad_guides is None else grad_guides
     pairs = kind.index(PAIRS.value) if PAIRS.value in kind else None
     column_lse = lse.new_empty(0) if pairs is None else gather_views(lse[pairs], batch[0])
+    of_others = iter(offset)
+    no_offset = lse.new_empty(0)
+    offset = [no_offset if kind[f] == PROTOTYPE.value else next(of_others) for f in ctx.slot]
     rows, by_bank, by_offset = step_backward(
-        grad_losses, grad_guides, lse, column_lse, kept, spaces, guidance, ctx.slot, *swept,
-        *ctx.rest,
+        grad_losses, grad_guides, lse, column_lse, kept, spaces, guidance, ctx.slot, bank, offset,
+        target, inv_count, counts, *ctx.rest,
     )  # fmt: skip
     banks = len(kind)
     # One gradient for all banks on the same rows: it goes to the first of them.
     at_x = [rows[i] if want_x and space.index(i) == f else None for f, i in enumerate(space)]
     at_bank: list[Tensor | None] = [None] * banks
     at_offset: list[Tensor | None] = [None] * banks
-    for f, bank, offset in zip(ctx.slot, by_bank, by_offset, strict=True):
-        at_bank[f] = bank if bank.numel() else None
-        at_offset[f] = offset if offset.numel() else None
+    for f, gradients in zip(ctx.slot, zip(by_bank, by_offset, strict=True), strict=True):
+        at_bank[f], at_offset[f] = (g if g.numel() else None for g in gradients)
     return at_x, at_bank, at_offset, none, none, none, none, *[None] * 8
 
 

@@ -13,7 +13,7 @@ from .bank import Bank, prepare
 from .banks import banks_kernel
 from .combine import combine_kernel
 from .epilogues import OVERLAP, PAIRS
-from .forward import MAX_SPLITS, REDUCE_BLOCK, Losses, launch_rows, number_walks, room
+from .forward import MAX_SPLITS, launch_rows, number_walks, room
 from .launch import element_type, launch, sum_type, sweep_constants
 from .operands import padded, starts, sum_dtype
 from .table import Descriptor, Kept, Space, dtype_number, words
@@ -27,6 +27,7 @@ from .tiles import (
 )
 
 COMBINE_ROWS, COMBINE_DEPTH = 8, 32
+REDUCE_BLOCK = 1024
 # Where the banks have fewer, the rows are split: about two programs for every multiprocessor of a
 # large GPU, so that few of them wait for the last ones.
 WANTED_BANK_TILES = 2 * WANTED_PROGRAMS
@@ -71,10 +72,10 @@ def backward(
     """The gradients. Four launches, two where there is nothing to sweep.
 
     Args:
-        banks: those that still have gradients to be taken; none of prototypes.
+        banks: those that still have gradients to be taken; prototypes as `Bank.is_ready` has them.
         upstream: one a bank.
         spaces: [N, D] all rows of the step.
-        kept: gradients from the forward pass.
+        kept: gradients that the forward pass took.
         want_bank: whether the gradients at banks and offsets of heads are wanted.
     """
     n, dtype = spaces[0].shape[0], spaces[0].dtype
@@ -135,7 +136,7 @@ def backward(
     ]
     address = operands.launch([word for section in records for word in section])
     if walks:
-        launch_rows(address, table, spaces, tiles, walks, 0, 0, Losses(row, row, row, row, []))
+        launch_rows(address, table, spaces, tiles, walks, row)
     if sum(items):
         space = room(spaces, row, sum(items), sizes)
         launch(

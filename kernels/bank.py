@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .epilogues import IDENTITY, OVERLAP, PAIRS, PROTOTYPE
+from .epilogues import IDENTITY, OVERLAP, PAIRS, PROTOTYPE, TANH
 from .operands import Operands, Request, sum_dtype
 from .table import Descriptor
 
@@ -41,6 +41,8 @@ class Bank:
             are empty where there are none. The target of an overlap is a row of zeros, [K].
         weight: by which the loss counts.
         batch: of a contrastive term.
+        is_ready: of prototypes: the vectors are as the forward pass made them ready, of unit length
+            over φ; the offset is of no use.
     """
 
     kind: int
@@ -55,6 +57,7 @@ class Bank:
     weight: float
     guidance: Tensor
     batch: Batch | None = None
+    is_ready: bool = False
     offset_dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,8 +74,13 @@ class Bank:
 
     @property
     def is_trained(self) -> bool:
-        """Whether the backward pass reads the bank's vectors, and they may get a gradient."""
+        """Whether the bank's vectors may get a gradient."""
         return self.kind not in (PROTOTYPE.value, PAIRS.value)
+
+
+def is_head(kind: int) -> bool:
+    """Whether a bank of this kind is a head's."""
+    return bool(kind <= TANH.value)
 
 
 def prepare(banks: list[Bank], like: Tensor) -> tuple[Operands, list[Descriptor]]:
@@ -87,7 +95,7 @@ def prepare(banks: list[Bank], like: Tensor) -> tuple[Operands, list[Descriptor]
     scale = {bank.space: bank.offset for bank in banks if bank.kind == OVERLAP.value}
     requests = [Request(x, norms=i in cosine, factor=scale.get(i)) for i, x in spaces.items()]
     for bank in banks:
-        if bank.kind == PROTOTYPE.value:
+        if bank.kind == PROTOTYPE.value and not bank.is_ready:
             requests.append(Request(bank.vectors, unit=True, divisor=bank.offset))
         elif bank.kind == PAIRS.value:
             requests.append(Request(bank.vectors, unit=True, factor=bank.offset))
@@ -96,10 +104,9 @@ def prepare(banks: list[Bank], like: Tensor) -> tuple[Operands, list[Descriptor]
     operands = Operands(requests, like)
     rows_of = dict(zip(spaces, operands.ready[: len(spaces)], strict=True))
     descriptors: list[Descriptor] = []
-    for index, (bank, ready) in enumerate(zip(banks, operands.ready[len(spaces) :], strict=True)):
+    for bank, ready in zip(banks, operands.ready[len(spaces) :], strict=True):
         rows = rows_of[bank.space]
         descriptor = Descriptor(
-            number=index,
             space=bank.space,
             kind=IDENTITY.value if bank.kind == OVERLAP.value else bank.kind,
             x=rows.matrix,

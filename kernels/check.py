@@ -30,13 +30,12 @@ from .bank import Bank, Batch
 from .banks import banks_kernel
 from .combine import combine_kernel
 from .epilogues import OVERLAP, PAIRS, PROTOTYPE, TANH
-from .forward import forward, kept_groups
+from .forward import forward
 from .launch import Launch
 from .operands import operands_kernel, sum_dtype
 from .page import write_between
 from .rows import rows_kernel
 from .sweep import sweep_kernel
-from .table import Kept
 from .tiles import TILES, AnySizes, Tiles, forced
 
 CAPABILITIES = tuple(SHARED_LIMIT)
@@ -65,7 +64,7 @@ MANY_HEADS = (12, 40)
 def launches(
     dtype: torch.dtype, tiles: Tiles, widths: tuple[int, int], heads: int = HEADS, rows: int = ROWS
 ) -> list[Launch]:
-    """The launches of a step with banks of every kind, forward and backward.
+    """The launches of a step with banks of every kind, forward and backward, also if balanced.
 
     Args:
         dtype: of the rows.
@@ -98,17 +97,17 @@ def launches(
     means, zeros = tensor(GROUPS, widths[0]), tensor(GROUPS)
     banks.append(Bank(OVERLAP.value, 2, u, means, one, zeros, one, none, 0.0, 1.0, one))
     with forced(tiles), record() as recorded:
-        groups = kept_groups([b.kind for b in banks], [b.space for b in banks], False, True)
-        result = forward(banks, groups, False)
-        swept = [f for f, b in enumerate(banks) if b.kind != PROTOTYPE.value]
-        backward(
-            [banks[f] for f in swept],
-            [Upstream(one, result.lse[f], result.lse[f], True) for f in swept],
-            [z, p, u],
-            [Kept(gradient, 0, one, one) for gradient in result.kept],
-            True,
-        )
-    return recorded
+        result = forward(banks)
+        prototypes = iter(result.prototypes)
+        for entry in banks:
+            if entry.kind == PROTOTYPE.value:
+                entry.vectors, entry.is_ready = next(prototypes), True
+        upstream = [Upstream(one, lse, lse, True) for lse in result.lse]
+        backward(banks, upstream, [z, p, u], [], True)
+    with forced(tiles), record() as balanced:
+        forward(banks[:heads], True)
+    # The heads alone have widths of their own; all else is the same.
+    return recorded + [launch for launch in balanced if launch.kernel is rows_kernel]
 
 
 @dataclass(frozen=True)
@@ -178,9 +177,6 @@ def every_launch(dtype: torch.dtype, tiles: Tiles, widths: Sequence[int] = ()) -
         for widths in every
         for launch in launches(dtype, level, widths)
     ]
-    # Without prototypes the forward pass takes no gradient at the rows.
-    of_one = launches(dtype, tiles, WIDTHS[0], heads=1)
-    wanted += [launch for launch in of_one if launch.kernel is rows_kernel]
     for heads in MANY_HEADS:
         of_many = launches(dtype, tiles, WIDTHS[0], heads)
         wanted += [launch for launch in of_many if launch.kernel is operands_kernel]
@@ -223,7 +219,7 @@ def faults(checked: Checked) -> list[str]:
     """What is wrong with one compiled kernel, in words."""
     constants, result = checked.constants, checked.result
     limit = SHARED_LIMIT[result.capability]
-    sweeps = "COLUMNS" in constants and constants.get("HELD") != ()
+    sweeps = "COLUMNS" in constants
     where = f"{result.kernel}, {checked.dtype}, sm_{result.capability}"
     found = {
         f"spills {result.spilled} bytes": result.spilled > 0,

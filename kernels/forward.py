@@ -1,7 +1,6 @@
-"""The losses of all banks of a step, in three launches.
+"""The losses of all banks of a step: two launches here, and the end of the losses in `losses`.
 
-The gradient of a prototype head at its rows is taken with the loss, because the bank moves before
-the backward pass; and so are those of all heads where the balance needs their norms.
+Where the balance needs the norms of the heads' gradients at the rows, a third launch takes them.
 """
 
 from dataclasses import dataclass
@@ -11,16 +10,16 @@ import torch
 import triton
 from torch import Tensor
 
-from .bank import Bank, prepare
-from .epilogues import PROTOTYPE, TANH
+from .bank import Bank, is_head, prepare
+from .epilogues import PROTOTYPE
 from .launch import launch, sweep_constants
+from .losses import Sums, reduce_sums
 from .operands import padded, starts
 from .rows import rows_kernel
 from .sweep import sweep_kernel
 from .table import Descriptor, words
 from .tiles import WANTED_PROGRAMS, WORKERS, Gradient, Sizes, Tiles, choose, tiles_for
 
-REDUCE_BLOCK = 1024
 MAX_SPLITS = 16  # partial sums of a row; bounds their memory at 20·MAX_SPLITS bytes a row and bank
 
 
@@ -32,7 +31,10 @@ class Losses:
         losses, metrics: [E], of every bank.
         weighted: [E], losses times weights.
         lse: [E, N], log-sum-exp of every row.
-        kept: gradients at the rows, [N, W], W the next multiple of 16 from D on; see `kept_groups`.
+        kept: balanced, ∂loss/∂x of every head, without weight and guidance; [N, W], W the next
+            multiple of 16 from D on.
+        prototypes: [K, W] in the dtype of the rows, the vectors of every prototype head as the
+            sweep read them. The backward pass needs them, and the bank moves before it.
     """
 
     losses: Tensor
@@ -40,55 +42,45 @@ class Losses:
     weighted: Tensor
     lse: Tensor
     kept: list[Tensor]
+    prototypes: list[Tensor]
 
 
-def kept_groups(kind: list[int], space: list[int], balanced: bool, want_x: bool) -> list[int]:
-    """Of every bank the gradient, among those kept, to which it adds; −1 where it adds to none.
-
-    Balanced, every head has its own, without weight and guidance. Otherwise the prototype heads on
-    the same rows share one, and both are inside.
-    """
-    if balanced:
-        heads = [k <= TANH.value for k in kind]
-        return [sum(heads[:e]) if is_head else -1 for e, is_head in enumerate(heads)]
-    groups: dict[int, int] = {}
-    return [
-        groups.setdefault(s, len(groups)) if want_x and k == PROTOTYPE.value else -1
-        for k, s in zip(kind, space, strict=True)
-    ]
-
-
-def forward(banks: list[Bank], groups: list[int], balanced: bool) -> Losses:
-    """Losses and metrics of all banks. Three launches.
+def forward(banks: list[Bank], balanced: bool = False) -> Losses:
+    """Losses and metrics of all banks.
 
     Args:
         banks: at least one.
-        groups: from `kept_groups`.
-        balanced: as there.
+        balanced: whether the heads' gradients at their rows are wanted now, each by itself.
     """
     spaces, n = [bank.x for bank in banks], banks[0].x.shape[0]
     tiles = tiles_for(spaces[0])
     operands, table = prepare(banks, spaces[0])
+    prototypes = [
+        descriptor.bank
+        for bank, descriptor in zip(banks, table, strict=True)
+        if bank.kind == PROTOTYPE.value
+    ]
     depths = {descriptor.depth for descriptor in table}
     sizes = choose(tiles.sweeps, max(depths), n * MAX_SPLITS)
-    programs = _share_out(table, triton.cdiv(n, sizes.outer), sizes)
+    programs, splits = _share_out(table, triton.cdiv(n, sizes.outer), sizes)
     row = spaces[0].new_empty(0, dtype=banks[0].sums)
-    parts = [descriptor.splits for descriptor in table]
-    partial = row.new_empty(4, n * sum(parts))
-    best = row.new_empty(n * sum(parts), dtype=torch.int32)
+    sums = Sums(
+        row.new_empty(4, n * sum(splits)),
+        row.new_empty(n * sum(splits), dtype=torch.int32),
+        row.new_empty(len(banks), n),
+        splits,
+    )
     one = row.new_ones(())
-    kept: dict[int, Tensor] = {}
+    kept: list[Tensor] = []
     for index, (bank, descriptor) in enumerate(zip(banks, table, strict=True)):
-        begin = n * starts(parts)[index]
-        descriptor.lse, descriptor.best = partial[0, begin:], best[begin:]
-        descriptor.weight = 1.0 if balanced else bank.weight
-        descriptor.upstream, descriptor.guidance = one, one if balanced else bank.guidance
-        if groups[index] >= 0:
-            shape = n, padded(bank.x.shape[1])
-            descriptor.grad_x = kept.setdefault(groups[index], row.new_empty(shape))
-    # Those that share rows, and among them those that share a gradient, are neighbours.
-    order = sorted(range(len(banks)), key=lambda e: (banks[e].space, groups[e]))
-    table = [table[e] for e in order]
+        begin = n * starts(splits)[index]
+        descriptor.partial, descriptor.best = sums.partial[0, begin:], sums.best[begin:]
+        descriptor.lse, descriptor.upstream, descriptor.guidance = sums.lse[index], one, one
+        if balanced and is_head(bank.kind):
+            descriptor.grad_x = row.new_empty(n, padded(bank.x.shape[1]))
+            kept.append(descriptor.grad_x)
+    # Those that share rows are neighbours, and among them those with a gradient.
+    table.sort(key=lambda descriptor: (descriptor.space, descriptor.grad_x is None))
     walks = number_walks(table, tiles, n)
     address = operands.launch(words(table))
     launch(
@@ -99,14 +91,13 @@ def forward(banks: list[Bank], groups: list[int], balanced: bool) -> Losses:
         sweep_constants(spaces[0], sizes, sizes.outer, sizes.inner, depths),
         table=address,
         entries=len(banks),
-        planes=partial.shape[1],
+        planes=sums.partial.shape[1],
         n=n,
     )
-    losses, metrics, weighted = (row.new_empty(len(banks)) for _ in range(3))
-    lse = row.new_empty(len(banks), n)
-    result = Losses(losses, metrics, weighted, lse, [kept[group] for group in sorted(kept)])
-    launch_rows(address, table, spaces, tiles, walks, len(banks), partial.shape[1], result)
-    return result
+    losses, metrics, weighted = reduce_sums(banks, sums)
+    if walks:
+        launch_rows(address, table, spaces, tiles, walks, row)
+    return Losses(losses, metrics, weighted, sums.lse, kept, prototypes)
 
 
 def number_walks(table: list[Descriptor], tiles: Tiles, n: int) -> int:
@@ -137,31 +128,28 @@ def _widths(table: list[Descriptor]) -> set[int]:
 
 def launch_rows(
     address: Tensor, table: list[Descriptor], spaces: list[Tensor], tiles: Tiles, walks: int,
-    reduced: int, planes: int, result: Losses,
+    sums: Tensor,
 ) -> None:  # fmt: skip
-    """Launch `rows_kernel`: `reduced` banks, and the gradients of all walks of the table."""
+    """Launch `rows_kernel` for the gradients of all walks of the table.
+
+    Args:
+        sums: any tensor of the dtype of the sums.
+    """
     n = spaces[0].shape[0]
     depths = _widths(table)
-    sizes = choose(tiles.rows, max(depths, default=0), n)
+    sizes = choose(tiles.rows, max(depths), n)
     row_tiles = triton.cdiv(n, sizes.outer)
     items = row_tiles * walks
     launch(
         rows_kernel,
-        reduced + min(items, WORKERS),
-        result.lse,
+        min(items, WORKERS),
+        sums,
         sizes.compiler,
-        sweep_constants(spaces[0], sizes, sizes.outer, sizes.inner, depths)
-        | {"BLOCK": REDUCE_BLOCK},
+        sweep_constants(spaces[0], sizes, sizes.outer, sizes.inner, depths),
         table=address,
         entries=len(table),
-        planes=planes,
-        reduced=reduced,
-        losses=result.losses,
-        metrics=result.metrics,
-        weighted=result.weighted,
-        lse_out=result.lse,
         row_tiles=row_tiles,
-        **room(spaces, result.lse, items, sizes),
+        **room(spaces, sums, items, sizes),
         n=n,
     )
 
@@ -187,21 +175,21 @@ def share_of(tiles: int, row_tiles: int) -> int:
     return share
 
 
-def _share_out(table: list[Descriptor], row_tiles: int, sizes: Sizes) -> int:
-    """Describe which program sweeps what, and count the programs.
+def _share_out(table: list[Descriptor], row_tiles: int, sizes: Sizes) -> tuple[int, list[int]]:
+    """Describe which program sweeps what: (programs, into how many parts every bank is split).
 
     The tiles of all banks of a space are one sequence, of which every program takes a share of
     equal length; where there are rows enough, the share is all of it.
     """
-    programs = 0
+    programs, splits = 0, [1] * len(table)
     for space in sorted({descriptor.space for descriptor in table}):
-        members = [descriptor for descriptor in table if descriptor.space == space]
-        tiles = [triton.cdiv(descriptor.classes, sizes.inner) for descriptor in members]
+        members = [e for e, descriptor in enumerate(table) if descriptor.space == space]
+        tiles = [triton.cdiv(table[e].classes, sizes.inner) for e in members]
         share = share_of(sum(tiles), row_tiles)
         shares = triton.cdiv(sum(tiles), share)
-        for descriptor, before, count in zip(members, starts(tiles), tiles, strict=True):
-            descriptor.first_program, descriptor.shares = programs, shares
-            descriptor.share_tiles, descriptor.tiles_before = share, before
-            descriptor.splits = (before + count - 1) // share - before // share + 1
+        for e, before, count in zip(members, starts(tiles), tiles, strict=True):
+            table[e].first_program, table[e].shares = programs, shares
+            table[e].share_tiles, table[e].tiles_before = share, before
+            splits[e] = (before + count - 1) // share - before // share + 1
         programs += row_tiles * shares
-    return programs
+    return programs, splits

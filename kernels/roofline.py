@@ -158,8 +158,8 @@ def head_cost(
         + combined(n * depth, 1, sums, size)
     )
     if not trained:
-        # The norms of the rows.
-        return cost + rows_read(n * depth, size)
+        # Both passes take the norms of the rows.
+        return cost + rows_read(n * depth, size) + rows_read(n * depth, size)
     # Backward the bank is converted again.
     at_bank = choose(tiles.banks, depth, classes * MAX_SPLITS)
     _, parts = split_rows(cdiv(classes, at_bank.outer), n, at_bank)

@@ -1,8 +1,7 @@
-"""The losses and metrics of all banks from their rows' sums, and the gradients at the rows.
+"""The gradients at the rows.
 
-One launch for all: the first programs reduce one bank each in a fixed order; the others share out
-the tiles of rows. A program reads a tile once and walks the banks that send it a gradient. It
-finishes the tile alone, so every sum has a fixed order.
+The programs share out the tiles of rows. A program reads a tile once and walks the banks that send
+it a gradient. It finishes the tile alone, so every sum has a fixed order.
 """
 
 import triton
@@ -19,7 +18,6 @@ from .epilogues import (
 )
 from .table import (
     ALONG,
-    BEST,
     CLASSES,
     COLUMN_LSE,
     COUNTS,
@@ -34,10 +32,8 @@ from .table import (
     LOCAL,
     LSE,
     NORMS,
-    NUMBER,
     OFFSET,
     SMOOTHING,
-    SPLITS,
     TARGET,
     TARGET_STRIDE,
     TWO_TOWER,
@@ -52,7 +48,6 @@ from .table import (
 )
 from .tile import (
     CLAMPED,
-    LOWEST,
     accumulate,
     coefficient_gain,
     coefficients,
@@ -60,59 +55,6 @@ from .tile import (
     hold,
     is_held_in,
 )
-
-
-@triton.jit
-def joined(lse, splits, n, rows, row_ok):
-    """Log-sum-exp of every row over the splits of a bank. [R]"""
-    top = tl.load(lse + rows, mask=row_ok, other=0.0)
-    for split in range(1, splits):
-        part = tl.load(lse + split * n + rows, mask=row_ok, other=0.0)
-        high, low = tl.maximum(top, part), tl.minimum(top, part)
-        top = high + tl.log(1.0 + tl.exp(low - high))
-    return top
-
-
-@triton.jit
-def reduce_bank(
-    bank, planes, loss_out, metric_out, weighted_out, lse_out, n,
-    SUM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Loss and metric of one bank, and its rows' log-sum-exps, over the splits of the bank."""
-    kind, classes, splits = integer(bank, KIND), integer(bank, CLASSES), integer(bank, SPLITS)
-    partial, predicted = pointer(bank, LSE, SUM), pointer(bank, BEST, tl.int32)
-    target, epsilon = pointer(bank, TARGET, tl.int64), number(bank, SMOOTHING, SUM)
-    loss = tl.zeros([BLOCK], dtype=SUM)
-    metric = tl.zeros([BLOCK], dtype=SUM)
-    for first in range(0, n, BLOCK):
-        rows = first + tl.arange(0, BLOCK).to(tl.int64)
-        row_ok = rows < n
-        label = tl.load(target + rows, mask=row_ok & (kind < 2), other=-1)
-        peak = tl.full([BLOCK], LOWEST, dtype=SUM)
-        at_target = tl.zeros([BLOCK], dtype=SUM)
-        all_logits = tl.zeros([BLOCK], dtype=SUM)
-        best = tl.full([BLOCK], -1, dtype=tl.int32)
-        for split in range(splits):
-            at = tl.cast(split, tl.int64) * n + rows
-            part_peak = tl.load(partial + planes + at, mask=row_ok, other=LOWEST)
-            part_best = tl.load(predicted + at, mask=row_ok, other=-1)
-            best = tl.where(part_peak > peak, part_best, best)
-            peak = tl.maximum(peak, part_peak)
-            at_target += tl.load(partial + planes + planes + at, mask=row_ok, other=0.0)
-            all_logits += tl.load(partial + planes + planes + planes + at, mask=row_ok, other=0.0)
-        lse = joined(partial, splits, n, rows, row_ok)
-        tl.store(lse_out + rows, lse, mask=row_ok)
-        entropy = lse - (1.0 - epsilon) * at_target - epsilon / classes * all_logits
-        takes_part = (label >= 0) | (kind == PAIRS)
-        row_loss = tl.where(is_error(kind), at_target, tl.where(takes_part, entropy, 0.0))
-        hit = ((label >= 0) & (best == label)).to(SUM)
-        loss += tl.where(row_ok, row_loss, 0.0)
-        metric += tl.where(row_ok, tl.where(is_error(kind), at_target, hit), 0.0)
-    mean = tl.load(pointer(bank, INV_COUNT, SUM))
-    total = tl.sum(loss, axis=0) * mean
-    tl.store(loss_out, total)
-    tl.store(metric_out, tl.sum(metric, axis=0) * mean)
-    tl.store(weighted_out, total * number(bank, WEIGHT, SUM))
 
 
 @triton.jit
@@ -139,7 +81,6 @@ def rows_gradient(
     label = label.to(tl.int32)
     projected = row_ok & is_cosine(kind) & ((label >= 0) | (kind == PAIRS))
     norm = tl.load(pointer(bank, NORMS, SUM) + rows, mask=projected, other=1.0)
-    row_lse = joined(pointer(bank, LSE, SUM), integer(bank, SPLITS), n, rows, row_ok)
     gain = coefficient_gain(~is_error(kind), TYPE)
     along = tl.zeros([ROWS], dtype=SUM)  # ⟨x̂, ∂loss/∂x̂⟩
     begun = 0
@@ -147,6 +88,8 @@ def rows_gradient(
     STAGES: tl.constexpr = 1 if len(held) > 0 else None
     for chunk in tl.range(0, classes, CHUNK, disable_licm=True):
         last = tl.minimum(chunk + CHUNK, classes)
+        # Here, and not before the loop: registers.
+        row_lse = tl.load(pointer(bank, LSE, SUM) + rows, mask=row_ok, other=0.0)
         for start in tl.range(chunk, last, COLUMNS, num_stages=STAGES, disable_licm=True):
             step = tl.arange(0, COLUMNS)
             columns = start + step.to(tl.int64)
@@ -209,38 +152,27 @@ def rows_gradient(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["entries", "planes", "reduced", "row_tiles", "items", "workers", "n"]
-)
+@triton.jit(do_not_specialize=["entries", "row_tiles", "items", "workers", "n"])
 def rows_kernel(
-    table, entries, planes, reduced, losses, metrics, weighted, lse_out, row_tiles, items, work,
-    scratch, scratch_size, workers, n, TYPE: tl.constexpr, BLOCK: tl.constexpr,
-    SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, HELD: tl.constexpr,
+    table, entries, row_tiles, items, work, scratch, scratch_size, workers, n,
+    TYPE: tl.constexpr, SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(0) < reduced:
-        bank = table + tl.program_id(0) * FIELDS
-        f = integer(bank, NUMBER)
-        reduce_bank(
-            bank, planes, losses + f, metrics + f, weighted + f, lse_out + f.to(tl.int64) * n, n,
-            SUM, BLOCK,
-        )  # fmt: skip
-    else:
-        worker = tl.program_id(0) - reduced
-        for item in tl.range(worker, items, workers, disable_licm=True):
-            tile = item % row_tiles
-            first, last = entries_of(table, entries, FIELDS, WALK, item // row_tiles)
-            x, x_stride, _, _, depth = operands_of(table + first * FIELDS, TYPE)
-            rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-            for i in tl.static_range(len(HELD)):
-                if is_held_in(HELD[i], depth, DEPTH):
-                    held = hold(x, x_stride, rows, rows < n, depth, DEPTH, HELD[i])
-                    for f in tl.range(first, last, disable_licm=True):
-                        # Pointers are made where they are used: registers are short.
-                        rows_gradient(
-                            held, table + f * FIELDS, tile,
-                            work + worker.to(tl.int64) * ROWS * CHUNK,
-                            scratch + worker.to(tl.int64) * scratch_size, n,
-                            TYPE, SUM, ROWS, COLUMNS, DEPTH, STEP, WIDTH, CHUNK, PRECISION, WIDEN,
-                        )  # fmt: skip
+    worker = tl.program_id(0)
+    for item in tl.range(worker, items, workers, disable_licm=True):
+        tile = item % row_tiles
+        first, last = entries_of(table, entries, FIELDS, WALK, item // row_tiles)
+        x, x_stride, _, _, depth = operands_of(table + first * FIELDS, TYPE)
+        rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        for i in tl.static_range(len(HELD)):
+            if is_held_in(HELD[i], depth, DEPTH):
+                held = hold(x, x_stride, rows, rows < n, depth, DEPTH, HELD[i])
+                for f in tl.range(first, last, disable_licm=True):
+                    # Pointers are made where they are used: registers are short.
+                    rows_gradient(
+                        held, table + f * FIELDS, tile,
+                        work + worker.to(tl.int64) * ROWS * CHUNK,
+                        scratch + worker.to(tl.int64) * scratch_size, n,
+                        TYPE, SUM, ROWS, COLUMNS, DEPTH, STEP, WIDTH, CHUNK, PRECISION, WIDEN,
+                    )  # fmt: skip

@@ -1,7 +1,7 @@
 """The log-sum-exps, targets' logits and errors of all rows in all banks, in one launch.
 
 A program reads its tile of rows once and walks the banks on them. Where rows are few, it walks a
-share of the banks' tiles, and the next launch joins the sums of the shares.
+share of the banks' tiles; `losses` joins the sums of the shares.
 """
 
 import triton
@@ -28,9 +28,9 @@ from .table import (
     IMAGES,
     KIND,
     LOCAL,
-    LSE,
     NORMS,
     OFFSET,
+    PARTIAL,
     SHARE_TILES,
     SHARES,
     SMOOTHING,
@@ -122,7 +122,7 @@ def sweep_bank(
             peak = new_peak
 
     part = begin // share - before // share
-    out = pointer(bank, LSE, SUM) + part.to(tl.int64) * n + rows
+    out = pointer(bank, PARTIAL, SUM) + part.to(tl.int64) * n + rows
     row_ok = row_ok & (first_tile < last_tile)
     lse = tl.where(total == 0, LOWEST, peak + tl.log(tl.where(total == 0, 1.0, total)))
     tl.store(out, lse, mask=row_ok)

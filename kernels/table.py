@@ -25,7 +25,6 @@ class Descriptor:
     A field that the kind of the bank or the pass has no use for stays 0.
 
     Attributes:
-        number: of the bank in the step.
         space: of its rows.
         kind: number in `fino_fast.ops.KINDS`, or PAIRS of `epilogues`; of an overlap IDENTITY's.
         x, x_stride, depth: [N, W] rows, W the columns, in the dtype of the launch.
@@ -40,9 +39,10 @@ class Descriptor:
         local, images, first, two_tower: of a contrastive term, as in `ops.contrastive`; images
             in one view of rows and columns.
         column_lse: [K] of the other rows.
-        lse, splits: [splits, N] log-sum-exps, of parts of the bank; the forward pass has three
-            more planes of sums behind them.
-        best: [splits, N] int32 predictions.
+        partial: [splits, N] log-sum-exps of parts of the bank, a result of `sweep`; three more
+            planes of sums are behind them.
+        best: [splits, N] int32 predictions, a result of `sweep`.
+        lse: [N] log-sum-exps.
         weight, upstream, guidance: the gradient's factors, a number and two 0-d.
         first_program, shares, share_tiles: of the sweep of the space: how many shares the tiles of
             all its banks are split into, and how many tiles are in one.
@@ -56,7 +56,6 @@ class Descriptor:
         bank_out, bank_type, width, offset_out, offset_type: [K, width] and [K] results.
     """
 
-    number: int
     space: int
     kind: int
     x: Tensor
@@ -77,9 +76,9 @@ class Descriptor:
     first: int = 0
     two_tower: int = 0
     column_lse: Word = None
-    lse: Word = None
+    partial: Word = None
     best: Word = None
-    splits: int = 1
+    lse: Word = None
     weight: float = 1.0
     upstream: Word = None
     guidance: Word = None
@@ -106,12 +105,11 @@ class Descriptor:
 
 FIELDS = tl.constexpr(len(fields(Descriptor)))
 (
-    NUMBER, SPACE, KIND, X, X_STRIDE, DEPTH_OF, NORMS, BANK, BANK_STRIDE, CLASSES, OFFSET, TARGET,
-    TARGET_STRIDE, COUNTS,
-    SMOOTHING, INV_COUNT, LOCAL, IMAGES, FIRST, TWO_TOWER, COLUMN_LSE, LSE, BEST, SPLITS,
-    WEIGHT, UPSTREAM, GUIDANCE, FIRST_PROGRAM, SHARES, SHARE_TILES,
-    TILES_BEFORE, WALK, GRAD_X, IS_BEGUN, ALONG, FIRST_ITEM, PARTS, SHARE,
-    GRAD_BANK, GRAD_OFFSET, FIRST_TILE, BANK_OUT, BANK_TYPE, WIDTH_OF, OFFSET_OUT, OFFSET_TYPE,
+    SPACE, KIND, X, X_STRIDE, DEPTH_OF, NORMS, BANK, BANK_STRIDE, CLASSES, OFFSET, TARGET,
+    TARGET_STRIDE, COUNTS, SMOOTHING, INV_COUNT, LOCAL, IMAGES, FIRST, TWO_TOWER, COLUMN_LSE,
+    PARTIAL, BEST, LSE, WEIGHT, UPSTREAM, GUIDANCE, FIRST_PROGRAM, SHARES, SHARE_TILES,
+    TILES_BEFORE, WALK, GRAD_X, IS_BEGUN, ALONG, FIRST_ITEM, PARTS, SHARE, GRAD_BANK,
+    GRAD_OFFSET, FIRST_TILE, BANK_OUT, BANK_TYPE, WIDTH_OF, OFFSET_OUT, OFFSET_TYPE,
 ) = (tl.constexpr(i) for i in range(FIELDS.value))  # fmt: skip
 
 

@@ -7,6 +7,7 @@
 #include "group_statistics.cuh"
 #include "overlap_gradient.cuh"
 #include "overlap_shares.cuh"
+#include "term_losses.cuh"
 
 // The launchers themselves, which a test builds for the host with another `launch`.
 namespace {

@@ -72,6 +72,28 @@ struct FinoOverlapGradient {
 int fino_overlap_gradient(const FinoOverlapGradient* overlaps, int64_t overlap_count, const void* z,
                           int64_t type, int64_t count, int64_t width, void* out, void* stream);
 
+// A head or the contrastive term, and what the sweep has summed of its `count` rows in each of
+// `splits` parts of its bank; see term_losses.cuh.
+struct FinoTerm {
+  const float* sums;       // four planes of [splits, count]
+  const int32_t* best;     // [splits, count]
+  const int64_t* labels;   // [count], −1 is missing; null: there are none
+  const float* inv_count;  // []
+  float* lse;              // [count]
+  float* loss;             // [], like the following
+  float* metric;
+  float* weighted;         // the loss times `weight`
+  int64_t splits, classes;
+  double smoothing, weight;
+  bool is_error;           // the third plane holds squared errors, and the others are of no use
+};
+
+constexpr int64_t kFinoMaxTerms = 32;
+
+// Losses and metrics of all terms; planes are `plane` entries apart.
+int fino_term_losses(const FinoTerm* terms, int64_t term_count, int64_t plane, int64_t count,
+                     void* stream);
+
 // A prototype bank and the rows that move it.
 struct FinoBank {
   const int64_t* order;   // [count], sorts the rows by label

@@ -70,6 +70,15 @@ int fino_overlap_gradient(const FinoOverlapGradient* overlaps, int64_t overlap_c
   return by_type(overlaps, overlap_count, z, count, width, out, stream);
 }
 
+int fino_term_losses(const FinoTerm* terms, int64_t term_count, int64_t plane, int64_t count,
+                     void* stream) {
+  return by_launch(terms, term_count, kFinoMaxTerms, [&](const FinoTerm* some, int64_t n) {
+    fino::TermLosses arguments{{}, plane, count};
+    for (int64_t i = 0; i < n; ++i) arguments.terms[i] = some[i];
+    return launch(fino::term_losses, unsigned(n), 1, fino::kTermThreads, arguments, stream);
+  });
+}
+
 int fino_bank_update(const FinoBank* banks, int64_t bank_count, const float* teacher,
                      int64_t views, int64_t count, int64_t width, void* stream) {
   return by_launch(banks, bank_count, kFinoMaxBanks, [&](const FinoBank* some, int64_t n) {

@@ -7,6 +7,7 @@
 #include "launch.h"
 #include "overlap_gradient.cuh"
 #include "overlap_shares.cuh"
+#include "term_losses.cuh"
 
 #include "launchers.h"
 

@@ -134,6 +134,29 @@ def test_overlap_shares(watching: Watching) -> None:
     )
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_term_losses_of_classes(splits: int, smoothing: float, watching: Watching) -> None:
+    p = N * splits
+    watching.sizes = {"sums": 4 * 4 * p, "best": 4 * p, "labels": 8 * N, "lse": 4 * N}
+    cuda.term_losses(
+        torch.rand(4, p), torch.zeros(p, dtype=torch.int32), [torch.zeros(N, dtype=torch.int64)],
+        [torch.ones(())], [splits], [10], [smoothing], [1.0], [False], torch.empty(1, N),
+    )  # fmt: skip
+    planes = 4 if smoothing else 3
+    read = {"sums": 4 * planes * p, "best": 4 * N, "labels": 8 * N}
+    check(watching, read, {"lse": 4 * N})
+
+
+def test_term_losses_of_errors(watching: Watching) -> None:
+    watching.sizes = {"sums": 4 * 4 * N, "best": 4 * N, "lse": 4 * N}
+    cuda.term_losses(
+        torch.rand(4, N), torch.zeros(N, dtype=torch.int32), [torch.empty(0, dtype=torch.int64)],
+        [torch.ones(())], [1], [2], [0.0], [1.0], [True], torch.empty(1, N),
+    )  # fmt: skip
+    check(watching, {"sums": 2 * 4 * N}, {"lse": 4 * N})
+
+
 @pytest.mark.parametrize("preserve", [True, False])
 def test_overlap_gradient(preserve: bool, watching: Watching) -> None:
     z, labels = rows(N, D), categories(N, G).clamp_min(0)

@@ -29,7 +29,7 @@ def test_no_warnings_and_no_spills(sources: Path, tmp_path: Path) -> None:
             r"__global__ void (?:__launch_bounds__\(.*\) )?(\w+)\(", source.read_text()
         )
     ]
-    assert len(kernels) == 4
+    assert len(kernels) == 5
     entries = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", report.stderr)
     for capability in CAPABILITIES:
         for kernel in kernels:

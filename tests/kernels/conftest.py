@@ -46,6 +46,7 @@ def cuda_launches(
     else:
         library = Counting(request.getfixturevalue("on_host"))
         monkeypatch.setattr(cuda, "serves_rows", lambda z: z.dtype in cuda.TYPES)
+        monkeypatch.setattr(cuda, "serves_sums", lambda sums: sums.dtype == torch.float32)
         monkeypatch.setattr(cuda, "serves", lambda bank, rows: bank.dtype == torch.float32)
     monkeypatch.setattr(cuda, "_library", lambda: library)
     return library.calls

@@ -64,7 +64,7 @@ def test_strided_rows(device: torch.device) -> None:
 def test_columns_split_among_programs(device: torch.device) -> None:
     """Few rows of one rank against many columns, forward; chunks of them, backward."""
     rank_bank, columns = ranks(views=2, images=150, local=3, device=device)[0]
-    losses = forward([rank_bank], [-1], False)
+    losses = forward([rank_bank])
     exact = contrastive_rows(rank_bank.x, columns, rank_bank.offset[0], 2, 0).sum() / len(columns)
     close(losses.losses[0].cpu(), exact.cpu(), torch.float64)
 
@@ -89,7 +89,7 @@ def test_ranks_together_give_the_whole_batch(device: torch.device) -> None:
     views, images, local = 3, 9, 3
     of_rank = ranks(views, images, local, device)
     p = of_rank[0][1]
-    results = [forward([bank], [-1], False) for bank, _ in of_rank]
+    results = [forward([bank]) for bank, _ in of_rank]
     lse = torch.cat([result.lse[0].view(views, local) for result in results], 1).flatten()
     one = torch.ones((), dtype=torch.float64, device=device)
     at_p, at_scale = torch.empty_like(p).view(views, images, 9), 0.0

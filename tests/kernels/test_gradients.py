@@ -43,16 +43,15 @@ def test_heads_on_shared_and_on_own_rows(device: torch.device) -> None:
     check_heads([shared[0], alone, *shared[1:]], device)
 
 
-def test_prototype_heads_on_the_same_rows_keep_one_gradient(device: torch.device) -> None:
+def test_prototype_heads_on_the_same_rows_have_one_gradient(device: torch.device) -> None:
     calls = [head_call("prototype", 9, 20, 40, torch.float64, seed=f) for f in range(5)]
     calls = [replace(call, x=calls[0].x if f < 3 else calls[3].x) for f, call in enumerate(calls)]
     check_heads(calls, device)
     with launched() as seen:
         run_heads(calls, device)
-    rows = [x for x in seen if x.kernel.__name__ == "rows_kernel"]
-    assert len(rows) == 1
-    assert described(seen[0], len(calls), "walk") == [0, 0, 0, 1, 1]
-    assert described(seen[0], len(calls), "is_begun") == [0, 1, 1, 0, 1]
+    assert names(seen) == ["operands", "sweep", "operands", "rows", "combine"]
+    assert described(seen[2], len(calls), "walk") == [0, 0, 0, 1, 1]
+    assert described(seen[2], len(calls), "is_begun") == [0, 1, 1, 0, 1]
 
 
 def test_rows_in_several_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +85,7 @@ def test_more_tiles_than_workers(device: torch.device, monkeypatch: pytest.Monke
     monkeypatch.setattr("fino_fast.kernels.backward.WORKERS", 3)
     with launched() as seen:
         check_heads(heads_of_every_kind(130, 20, 130, torch.float64), device)
-    assert [x.arguments["workers"] for x in seen if "workers" in x.arguments] == [3, 3, 3]
+    assert [x.arguments["workers"] for x in seen if "workers" in x.arguments] == [3, 3]
 
 
 def test_gradients_of_the_parameters_alone(device: torch.device) -> None:
@@ -110,9 +109,8 @@ def test_gradients_of_the_parameters_alone(device: torch.device) -> None:
 
 def test_what_was_kept_is_only_combined(device: torch.device) -> None:
     with launched() as seen:
-        run_heads(
-            [head_call("prototype", 5, 4, 40, torch.float32, seed=f) for f in range(3)], device
-        )
+        calls = [head_call("prototype", 5, 4, 40, torch.float32, seed=f) for f in range(3)]
+        run_heads(calls, device, balanced=True)
     assert names(seen)[3:] == ["operands", "combine"]
 
 

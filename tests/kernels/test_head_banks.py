@@ -179,8 +179,8 @@ def test_more_heads_than_one_launch_can_describe(device: torch.device) -> None:
     # Not run: what a table of two launches holds is tested in test_operands.
     with intercepted(seen.append):
         run_heads(calls, device)
-    forward, backward = ["sweep", "rows"], ["rows", "banks", "combine"]
-    assert names(seen) == [*["operands"] * 2, *forward, *["operands"] * 2, *backward]
+    back = ["rows", "banks", "combine"]
+    assert names(seen) == [*["operands"] * 2, "sweep", *["operands"] * 2, *back]
 
 
 def test_tiles_of_a_gpu(device: torch.device) -> None:

@@ -178,7 +178,7 @@ def test_one_step_with_heads_on_the_same_rows(
         of = call(x, categories(30, 4), "preserve", 4)
         with launched() as seen:
             result = Triton().step(Step(heads=[moved], orthogonal=[of]))
-        assert names(seen) == ["operands", "sweep", "rows"]
+        assert names(seen) == ["operands", "sweep"]
         assert result.guides is not None
         assert result.orthogonal is not None
         with launched() as seen:

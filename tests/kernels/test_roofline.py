@@ -116,7 +116,7 @@ def test_heads(kind: Kind, dtype: torch.dtype, counted: Counted, device: torch.d
     run_heads([call], device)
     size, parts = dtype.itemsize, N // BANKS.inner
     if kind == "prototype":
-        conversion = copied(M * DEPTH, (4, size)) + rows_read(N * DEPTH, size)
+        conversion = copied(M * DEPTH, (4, size)) + rows_read(2 * N * DEPTH, size)
         counted.check("operands_kernel", conversion)
     elif dtype != torch.float32:
         # In both passes; an fp32 bank is read as it is by fp32 rows.
@@ -158,11 +158,10 @@ def test_rows_are_read_once_for_all_banks_on_them(
             (shares if held else tiles_alone) * alone.x.nbytes,
         ]
         assert counted.read["sweep_kernel"] == expected
-        # For the prototypes in the forward pass, for all others in the backward pass; and what is
-        # along the rows, which unit rows of prototypes take off.
+        # Besides what is along the rows, which unit rows of prototypes take off.
         along = int((calls[1].target >= 0).sum()) * width * x.itemsize
         expected = [
-            (2 if held else tiles) * x.nbytes + along,
+            (1 if held else tiles) * x.nbytes + along,
             (1 if held else tiles_alone) * alone.x.nbytes,
         ]
         assert counted.read["rows_kernel"] == expected
@@ -193,7 +192,7 @@ def test_overlap(counted: Counted, device: torch.device) -> None:
     one, none = torch.ones((), device=device), torch.empty(0, dtype=torch.int64, device=device)
     zeros = torch.zeros(M, device=device)
     bank = Bank(OVERLAP.value, 0, u, m, one, zeros, one / N, none, 0.0, 1.0, one)
-    lse = forward([bank], [-1], False).lse[0]
+    lse = forward([bank]).lse[0]
     backward([bank], [Upstream(one, lse, lse, True)], [u], [], False)
     parts = N // BANKS.inner
     counted.check("operands_kernel", copied(2 * N * DEPTH, (4, 4)))

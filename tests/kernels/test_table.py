@@ -36,7 +36,7 @@ def read_kernel(table, entries, program, walk, classes, weight, first):
 
 def descriptor(x: torch.Tensor, weight: float, walk: int, first_program: int) -> Descriptor:
     return Descriptor(
-        number=0, space=0, kind=0, x=x, x_stride=16, depth=16, norms=x, bank=x, bank_stride=16,
+        space=0, kind=0, x=x, x_stride=16, depth=16, norms=x, bank=x, bank_stride=16,
         classes=2**30 + 1, offset=x, target=x, target_stride=2, counts=x, smoothing=0.0,
         inv_count=x, weight=weight, walk=walk, first_program=first_program,
     )  # fmt: skip

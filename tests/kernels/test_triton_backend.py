@@ -9,9 +9,8 @@ import pytest
 import torch
 from fino_fast.kernels.backward import Upstream, backward
 from fino_fast.kernels.bank import Bank
-from fino_fast.kernels.forward import MAX_SPLITS, forward, kept_groups
+from fino_fast.kernels.forward import MAX_SPLITS, forward
 from fino_fast.kernels.launch import Launch, intercepted, run
-from fino_fast.kernels.table import Kept
 from fino_fast.kernels.tiles import TILES, WORKERS, forced
 from kernel_case import contrastive_bank, described, head_call, names, run_heads
 from loss_case import embeddings, factors, labels, metadata
@@ -152,8 +151,7 @@ def test_launches_do_not_depend_on_the_number_of_factors(
         seen: list[Launch] = []
 
         def all_of(first: int) -> list[str]:
-            assert set(cuda_launches.values()) <= {1}
-            found = names(seen[first:]) + sorted(cuda_launches)
+            found = names(seen[first:]) + sorted(cuda_launches.elements())
             cuda_launches.clear()
             return found
 
@@ -165,19 +163,22 @@ def test_launches_do_not_depend_on_the_number_of_factors(
             loss.backward()
             return forward, all_of(size)
 
-    swept, back = ["operands", "sweep", "rows"], ["operands", "rows", "banks", "combine"]
+    swept, back = ["operands", "sweep"], ["operands", "rows", "banks", "combine"]
     split, update = ["fino_group_statistics", "fino_overlap_shares"], ["fino_bank_update"]
-    gradient = ["fino_overlap_gradient"]
+    ended, gradient = ["fino_term_losses"], ["fino_overlap_gradient"]
     for contrastive in (None, InfoNCE(0.2, learnable=True)):
-        assert launches(1, contrastive) == (swept + split, back + gradient)
+        assert launches(1, contrastive) == (swept + split + ended, back + gradient)
         for number in (4, 12):
-            assert launches(number, contrastive) == (swept + update + split, back + gradient)
+            assert launches(number, contrastive) == (
+                swept + update + split + ended,
+                back + gradient,
+            )
     # Nothing to train: no banks.
     alone = ["operands", "rows", "combine"]
-    assert launches(0, InfoNCE(0.2)) == (swept, alone)
+    assert launches(0, InfoNCE(0.2)) == (swept + ended, alone)
     # Projections of a dtype of their own take launches of their own.
     forward, backward = launches(4, InfoNCE(0.2), torch.float16)
-    assert forward == swept * 2 + update + split
+    assert forward == swept * 2 + update + split + ended * 2
     assert sorted(backward) == sorted(back + alone + gradient)
 
 
@@ -216,11 +217,12 @@ def test_at_most_three_launches_forward_and_four_backward(
         # Not run: what they would compute does not matter here.
         with intercepted(seen.append):
             loss = criterion(z, data)
-            assert names(seen) == ["operands", "sweep", "rows"]
+            forward = ["operands", "sweep", *(["rows"] if balance else [])]
+            assert names(seen) == forward
             loss.backward()
-        swept = [] if contrastive is None and (balance or kinds == ("prototype",)) else ["rows"]
+        swept = [] if contrastive is None and balance else ["rows"]
         trained = ["banks"] if number and kinds != ("prototype",) else []
-        assert names(seen[3:]) == ["operands", *swept, *trained, "combine"]
+        assert names(seen[len(forward) :]) == ["operands", *swept, *trained, "combine"]
 
 
 @needs_operators
@@ -294,13 +296,13 @@ def test_memory_of_a_million_classes_and_65536_rows() -> None:
     n, depth, classes, programs = 65536, 768, 1_000_000, []
     make = {"device": "meta"}
     x = torch.empty(n, depth, dtype=torch.bfloat16, **make)
-    bank = torch.empty(classes, depth, **make)
+    weights = torch.empty(classes, depth, **make)
     offset, label = torch.empty(classes, **make), torch.empty(n, dtype=torch.int64, **make)
     one = torch.empty((), **make)
     counts = torch.empty(classes, dtype=torch.int64, **make)
 
     def head(kind: int) -> Bank:
-        return Bank(kind, 0, x, bank, offset, label, one, counts, 0.0, 1.0, one)
+        return Bank(kind, 0, x, weights, offset, label, one, counts, 0.0, 1.0, one)
 
     linear, prototypes = head(0), [head(1), head(1)]
     pairs = contrastive_bank(x, x, one, 2, 0, False)
@@ -317,15 +319,15 @@ def test_memory_of_a_million_classes_and_65536_rows() -> None:
 
     with intercepted(launch), forced(tiles):
         banks = [linear, *prototypes, pairs]
-        groups = kept_groups([bank.kind for bank in banks], [0] * 4, False, True)
         with Allocated() as allocated:
-            result = forward(banks, groups, False)
-        # One gradient for both prototype heads.
-        assert allocated.bytes <= 1.1 * (3 * copies + 2 * n * depth + room + sums + 4 * n * depth)
+            result = forward(banks)
+        assert allocated.bytes <= 1.1 * (3 * copies + 2 * n * depth + sums)
+        for bank, vectors in zip(prototypes, result.prototypes, strict=True):
+            bank.vectors, bank.is_ready = vectors, True
         with Allocated() as allocated:
-            upstream = [Upstream(one, result.lse[f], result.lse[f], True) for f in (0, 3)]
-            kept = [Kept(gradient, 0, one, one) for gradient in result.kept]
-            backward([linear, pairs], upstream, [x], kept, True)
+            upstream = [Upstream(one, lse, lse, True) for lse in result.lse]
+            backward(banks, upstream, [x], [], True)
+        # Of one bank the weights are converted, and get a gradient.
         gradients = 4 * n * depth + 2 * 4 * classes * (depth + 1) + x.nbytes
         assert allocated.bytes <= 1.1 * (copies + 2 * n * depth + 2 * room + gradients)
     assert max(programs) < 2**31
@@ -345,7 +347,7 @@ def test_offsets_beyond_31_bits(device: torch.device) -> None:
     scale = torch.ones((), device=device)
     near_rows = x.to(device)
     expected, found = (
-        forward([contrastive_bank(rows, rows, scale, 2, 0, False)], [-1], False).losses
+        forward([contrastive_bank(rows, rows, scale, 2, 0, False)]).losses
         for rows in (near_rows, far)
     )
     assert torch.equal(found, expected)
