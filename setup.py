@@ -159,12 +159,14 @@ def native_build() -> dict[str, object]:
     extension = CppExtension(
         "fino_fast._C",
         [
+            "csrc/ops/bf16.cpp",
             "csrc/ops/contrastive.cpp",
             "csrc/ops/heads.cpp",
             "csrc/ops/orthogonal.cpp",
             "csrc/ops/views.cpp",
             "csrc/ops/wide_head.cpp",
             "csrc/module.cpp",
+            "csrc/cpu/bf16_product.cpp",
             "csrc/cpu/capability.cpp",
             "csrc/cpu/contrastive.cpp",
             "csrc/cpu/heads.cpp",

@@ -26,7 +26,7 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("always"),
         "Multiply bf16 rows as they are (True), in fp32 (False), or as bf16 where the processor has "
-        "instructions for it (None, the default). Sums are in fp32 in any case.");
+        "instructions for it and they pay (None, the default). Sums are in fp32 in any case.");
   m.def("release_scratch", &fino::release_scratch,
         "Hand to the system what the CPU kernels keep of their working memory from call to call (at most "
         "96 MB a process); returns its bytes. The next call asks for new memory.");

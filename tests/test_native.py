@@ -675,6 +675,47 @@ def test_linear_head_with_bf16_products_loses_no_more_than_pytorch_s(
         assert mine <= 2 * other + 1e-5
 
 
+def bf16_terms(n: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    rows, call = torch.randn(n, 96).bfloat16(), head_call("linear", n, 96, 300, torch.bfloat16)
+    return contrastive_gradients(NATIVE, rows, 0.1, False, 2) + head_gradients(NATIVE, call)
+
+
+def test_bf16_products_are_the_same_from_any_number_of_threads(bf16_products):
+    one, *others = [on_threads(threads, lambda: bf16_terms(700)) for threads in (1, 2, 3)]
+    for other in others:
+        assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
+def test_bf16_products_without_the_library_s_kernel(bf16_products):
+    """Ours in plain C++: the same up to the order of a sum."""
+    found = bf16_terms(200)
+    with torch.backends.mkldnn.flags(enabled=False):
+        for one, other in zip(bf16_terms(200), found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3 * float(other.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
+def test_bf16_rows_are_multiplied_in_fp32_where_that_is_no_slower():
+    """Few rows, or no kernel of the library."""
+    extension = importlib.import_module("fino_fast._C")
+
+    def in_fp32(n: int) -> list[Tensor]:
+        extension.choose_bf16_products(False)
+        try:
+            return bf16_terms(n)
+        finally:
+            extension.choose_bf16_products(None)
+
+    assert all(map(torch.equal, bf16_terms(60), in_fp32(60)))
+    expected = in_fp32(700)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert all(map(torch.equal, bf16_terms(700), expected))
+    if extension.capability() == "avx512_bf16":
+        assert not torch.equal(bf16_terms(700)[1], expected[1])
+
+
 @pytest.mark.parametrize("factor", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_retained_graphs_give_the_same_gradients_again(dtype, factor):

@@ -71,7 +71,7 @@ const Level& choose() {
   return *best;
 }
 
-std::atomic<Bf16Products> bf16_products{Bf16Products::by_level};
+std::atomic<Bf16Products> chosen_products{Bf16Products::by_level};
 
 const Level& chosen() {
   static const Level& level = choose();
@@ -92,13 +92,11 @@ const std::string& capability() {
   return name;
 }
 
-bool multiplies_bf16() {
-  const Bf16Products choice = bf16_products;
-  return choice == Bf16Products::always ||
-         (choice == Bf16Products::by_level && chosen().multiplies_bf16);
-}
+bool has_bf16_instructions() { return chosen().multiplies_bf16; }
 
-void choose_bf16_products(Bf16Products choice) { bf16_products = choice; }
+Bf16Products bf16_products() { return chosen_products; }
+
+void choose_bf16_products(Bf16Products choice) { chosen_products = choice; }
 
 template <>
 const Epilogues<float>& epilogues<float>() {

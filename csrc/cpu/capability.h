@@ -13,10 +13,13 @@ std::vector<std::string> capabilities();
 // for. Throws std::runtime_error where that one cannot run here.
 const std::string& capability();
 
-// Whether bf16 rows are multiplied as they are: by default at the level that has instructions for it.
-// Elsewhere the library widens them at no gain, and products in fp32 lose less.
-bool multiplies_bf16();
+// Whether the level in use has instructions that multiply bf16.
+bool has_bf16_instructions();
+
+// When bf16 rows are multiplied as they are. By default where that is faster: elsewhere they are
+// widened at no gain, and products in fp32 lose less.
 enum class Bf16Products { by_level, never, always };
+Bf16Products bf16_products();
 void choose_bf16_products(Bf16Products choice);
 
 }  // namespace fino

@@ -6,7 +6,7 @@
 #include "epilogues.h"
 
 #include <math.h>
-#ifdef __AVX512BF16__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -350,6 +350,50 @@ void narrow<float>(const float* x, Bf16* out, int64_t n) {
 }
 #endif
 
+void interleave(const Bf16* x, const Bf16* y, Bf16* out, int64_t n) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) {
+    out[2 * k] = x[k];
+    out[2 * k + 1] = y[k];
+  }
+}
+
+void transpose_words(const char* x, int64_t rows, int64_t cols, int64_t ld, char* out,
+                     int64_t ld_out) {
+  constexpr int64_t word = 4;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j)
+      __builtin_memcpy(out + (j * ld_out + i) * word, x + (i * ld + j) * word, word);
+}
+
+void transpose(const void* x, int64_t rows, int64_t cols, int64_t ld, void* out, int64_t ld_out) {
+  const auto from = [&](int64_t i, int64_t j) { return static_cast<const char*>(x) + (i * ld + j) * 4; };
+  const auto to = [&](int64_t j, int64_t i) { return static_cast<char*>(out) + (j * ld_out + i) * 4; };
+  int64_t whole_rows = 0, whole_cols = 0;
+#ifdef __SSE2__
+  whole_rows = rows / 4 * 4;
+  whole_cols = cols / 4 * 4;
+  const auto load = [&](int64_t i, int64_t j) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from(i, j)));
+  };
+  const auto store = [&](int64_t j, int64_t i, __m128i four) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to(j, i)), four);
+  };
+  for (int64_t j = 0; j < whole_cols; j += 4)
+    for (int64_t i = 0; i < whole_rows; i += 4) {
+      const __m128i a = load(i, j), b = load(i + 1, j), c = load(i + 2, j), d = load(i + 3, j);
+      const __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
+      const __m128i rest_ab = _mm_unpackhi_epi32(a, b), rest_cd = _mm_unpackhi_epi32(c, d);
+      store(j, i, _mm_unpacklo_epi64(ab, cd));
+      store(j + 1, i, _mm_unpackhi_epi64(ab, cd));
+      store(j + 2, i, _mm_unpacklo_epi64(rest_ab, rest_cd));
+      store(j + 3, i, _mm_unpackhi_epi64(rest_ab, rest_cd));
+    }
+#endif
+  transpose_words(from(0, whole_cols), whole_rows, cols - whole_cols, ld, to(whole_cols, 0), ld_out);
+  transpose_words(from(whole_rows, 0), rows - whole_rows, cols, ld, to(0, whole_rows), ld_out);
+}
+
 template <typename T>
 T difference(const T* x, const T* y, T* out, int64_t n) {
   T square = 0;
@@ -402,8 +446,8 @@ constexpr Epilogues<T> table() {
   return {normalize<T>,     normalize_backward<T>, pair_sums<T>,     pair_weights<T>,
           row_logsumexp<T>, row_weights<T>,        cross_entropy<T>, squared_error<T>,
           extend<T>,        softmax_gradient<T>,   scaled<T>,        narrow<T>,
-          difference<T>,    dot<T>,                weighted_squares<T>,
-          combine<T>};
+          interleave,       transpose,             difference<T>,    dot<T>,
+          weighted_squares<T>, combine<T>};
 }
 
 }  // namespace

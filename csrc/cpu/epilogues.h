@@ -73,6 +73,12 @@ struct Epilogues {
   // out = x, rounded to nearest, ties to even.
   void (*narrow)(const T* x, Bf16* out, int64_t n);
 
+  // out = x_0, y_0, x_1, y_1, …
+  void (*interleave)(const Bf16* x, const Bf16* y, Bf16* out, int64_t n);
+
+  // out [cols, rows] = xᵀ, of numbers of 32 bits; ld are the row lengths in memory, in numbers.
+  void (*transpose)(const void* x, int64_t rows, int64_t cols, int64_t ld, void* out, int64_t ld_out);
+
   // out = x − y (out may be x); returns Σ out².
   T (*difference)(const T* x, const T* y, T* out, int64_t n);
 

@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_forward(const Tensor& rows, const
                                                        bool want_gradient, bool deterministic) {
   const Batch batch = checked_batch(rows, rows, views, 0, two_tower, deterministic);
   const double scale = logit_scale.item<double>();
-  return by_precision(rows.scalar_type(), [&](auto t, auto p) {
+  return by_precision(rows, rows.size(0), [&](auto t, auto p) {
     return contrastive_of<decltype(t), decltype(p)>(rows, scale, want_gradient, batch);
   });
 }
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor> ranks_contrastive_forward(const Tensor& rows, const T
                                                      bool deterministic) {
   const Batch batch = checked_batch(rows, columns, views, first, two_tower, deterministic);
   const double scale = logit_scale.item<double>();
-  return by_precision(rows.scalar_type(), [&](auto t, auto p) {
+  return by_precision(rows, columns.size(0), [&](auto t, auto p) {
     return ranks_contrastive_forward_of<decltype(t), decltype(p)>(rows, columns, scale, batch);
   });
 }
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor> ranks_contrastive_backward(
   TORCH_CHECK(lse_rows.numel() == rows.size(0) && lse_columns.numel() == columns.size(0),
               "fino: lse_rows and lse_columns must be [N] and [M]");
   const double upstream = grad.item<double>(), scale = logit_scale.item<double>();
-  auto [grad_rows, grad_scale] = by_precision(rows.scalar_type(), [&](auto t, auto p) {
+  auto [grad_rows, grad_scale] = by_precision(rows, columns.size(0), [&](auto t, auto p) {
     return ranks_contrastive_backward_of<decltype(t), decltype(p)>(
         upstream, rows, columns, scale, lse_rows, lse_columns, batch);
   });

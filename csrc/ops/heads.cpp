@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> heads_forward(
   std::vector<bool> begun(x.size(), false);
   for (size_t f = 0; f < in.size(); ++f) {
     const auto g = static_cast<size_t>(group[f]);
-    const HeadOutput out = by_precision(x[g].scalar_type(), [&](auto t, auto p) {
+    const HeadOutput out = by_precision(x[g], bank[f].size(0), [&](auto t, auto p) {
       return head_of<decltype(t), decltype(p)>(in, f, want_x ? grad_x[g] : Tensor(), begun[g],
                                                want_bank);
     });

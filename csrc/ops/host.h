@@ -10,16 +10,10 @@
 #include <functional>
 #include <type_traits>
 
-#include "../cpu/capability.h"
 #include "../cpu/rows.h"
 #include "../cpu/runtime.h"
 #include "../cpu/scratch.h"
-
-// MKL's product of bf16 with sums in fp32, which PyTorch exports where it is built with MKL and has no
-// operator for. Null elsewhere.
-extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(
-    int layout, int transpose_a, int transpose_b, int m, int n, int k, float alpha,
-    const fino::Bf16* a, int lda, const fino::Bf16* b, int ldb, float beta, float* c, int ldc);
+#include "bf16.h"
 
 // MKL's number of threads for the calling thread; returns the one before. Null without MKL.
 extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
@@ -50,15 +44,6 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, T
     at::mm_out(out, left, right);
 }
 
-inline void gemm_bf16(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha,
-               const Bf16* a, int64_t lda, const Bf16* b, int64_t ldb, bool accumulate, float* c,
-               int64_t ldc) {
-  constexpr int row_major = 101, plain = 111, transposed = 112;  // CBLAS's own numbers
-  cblas_gemm_bf16bf16f32(row_major, transpose_a ? transposed : plain,
-                         transpose_b ? transposed : plain, int(m), int(n), int(k), alpha, a, int(lda),
-                         b, int(ldb), accumulate ? 1 : 0, c, int(ldc));
-}
-
 inline void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
   at::parallel_for(0, n, 1, body);
 }
@@ -79,9 +64,9 @@ class OneThread {
 
 // The same product with the same bits from any number of threads. The library chooses its blocking by
 // the number of its threads; so the result is cut into strips by its size alone, each the work of one.
-template <typename T, typename P, typename Runtime<T, P>::Gemm product>
+template <typename T>
 void strip_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, T alpha,
-                const P* a, int64_t lda, const P* b, int64_t ldb, bool accumulate, T* c,
+                const T* a, int64_t lda, const T* b, int64_t ldb, bool accumulate, T* c,
                 int64_t ldc) {
   const bool by_rows = m > n;
   const int64_t length = std::max(m, n), most = 32, shortest = 128;
@@ -91,11 +76,11 @@ void strip_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_
     for (int64_t first = begin * strip; first < std::min(end * strip, length); first += strip) {
       const int64_t count = std::min(strip, length - first);
       if (by_rows)
-        product(transpose_a, transpose_b, count, n, k, alpha, a + first * (transpose_a ? 1 : lda), lda,
-                b, ldb, accumulate, c + first * ldc, ldc);
+        gemm(transpose_a, transpose_b, count, n, k, alpha, a + first * (transpose_a ? 1 : lda), lda, b,
+             ldb, accumulate, c + first * ldc, ldc);
       else
-        product(transpose_a, transpose_b, m, count, k, alpha, a, lda,
-                b + first * (transpose_b ? ldb : 1), ldb, accumulate, c + first, ldc);
+        gemm(transpose_a, transpose_b, m, count, k, alpha, a, lda,
+             b + first * (transpose_b ? ldb : 1), ldb, accumulate, c + first, ldc);
     }
   });
 }
@@ -104,16 +89,16 @@ void strip_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_
 template <typename T, typename P>
 Runtime<T, P> runtime(bool deterministic) {
   if constexpr (std::is_same_v<P, Bf16>)
-    return {deterministic ? strip_gemm<T, P, gemm_bf16> : gemm_bf16, parallel};
+    return {gemm_bf16, parallel};
   else
-    return {deterministic ? strip_gemm<T, P, gemm<T>> : gemm<T>, parallel};
+    return {deterministic ? strip_gemm<T> : gemm<T>, parallel};
 }
 
-// Calls run(T, P) with the types that serve rows of this dtype.
+// Calls run(T, P) with the types that serve the products of these rows [N, D] with k vectors.
 template <typename Run>
-auto by_precision(at::ScalarType rows, const Run& run) {
-  if (rows == at::kDouble) return run(double(), double());
-  if (rows == at::kBFloat16 && multiplies_bf16() && cblas_gemm_bf16bf16f32 != nullptr)
+auto by_precision(const Tensor& rows, int64_t k, const Run& run) {
+  if (rows.scalar_type() == at::kDouble) return run(double(), double());
+  if (rows.scalar_type() == at::kBFloat16 && takes_bf16(rows.size(0), k, rows.size(1)))
     return run(float(), Bf16());
   return run(float(), float());
 }

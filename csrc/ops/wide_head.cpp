@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> wide_head_forward(const Tensor& x, const Tens
                                                      bool deterministic) {
   const WideTensors in{x, bank, offset, target, smoothing};
   in.check();
-  return by_precision(x.scalar_type(), [&](auto t, auto p) {
+  return by_precision(x, bank.size(0), [&](auto t, auto p) {
     using T = decltype(t);
     using P = decltype(p);
     return with_wide_head<T, P>(in, [&](const WideHead<T, P>& head) {
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> wide_head_backward(
   const WideTensors in{x, bank, offset, target, smoothing};
   in.check();
   TORCH_CHECK(lse.numel() == x.size(0), "fino: lse must be [N=", x.size(0), "]");
-  return by_precision(x.scalar_type(), [&](auto t, auto p) {
+  return by_precision(x, bank.size(0), [&](auto t, auto p) {
     using T = decltype(t);
     using P = decltype(p);
     return with_wide_head<T, P>(in, [&](const WideHead<T, P>& head) {

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/bf16_product.h"
 #include "cpu/capability.h"
 #include "cpu/contrastive.h"
 #include "cpu/heads.h"
@@ -58,6 +59,23 @@ void gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, T alpha, const P* a
 void in_two(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
   if (n > 1) body(0, n / 2);
   body(n > 1 ? n / 2 : 0, n);
+}
+
+void on_three_threads(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+  std::exception_ptr error;
+  std::mutex mutex;
+  const auto piece = [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end);
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      error = std::current_exception();
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int64_t t = 0; t < 3; ++t) threads.emplace_back(piece, n * t / 3, n * (t + 1) / 3);
+  for (std::thread& thread : threads) thread.join();
+  if (error) std::rethrow_exception(error);
 }
 
 template <typename T, typename P = T>
@@ -348,22 +366,7 @@ void check_orthogonal(std::mt19937& generator, int64_t n, int64_t d, int64_t k, 
 void check_threads(std::mt19937& generator) {
   static std::atomic<int> products{0}, last{0};
   fino::Runtime<float> threaded = runtime<float>;
-  threaded.parallel = [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-    std::exception_ptr error;
-    std::mutex mutex;
-    const auto piece = [&](int64_t begin, int64_t end) {
-      try {
-        body(begin, end);
-      } catch (...) {
-        const std::lock_guard lock(mutex);
-        error = std::current_exception();
-      }
-    };
-    std::vector<std::thread> threads;
-    for (int64_t t = 0; t < 3; ++t) threads.emplace_back(piece, n * t / 3, n * (t + 1) / 3);
-    for (std::thread& thread : threads) thread.join();
-    if (error) std::rethrow_exception(error);
-  };
+  threaded.parallel = on_three_threads;
   threaded.gemm = [](bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
                      int64_t lda, const float* b, int64_t ldb, bool accumulate, float* c,
                      int64_t ldc) {
@@ -488,6 +491,38 @@ void check_views(std::mt19937& generator) {
 // The largest error since it was last asked for.
 double taken() { return std::exchange(worst, 0); }
 
+std::atomic<int> ended{0};
+
+void check_bf16_product(std::mt19937& generator, int64_t m, int64_t n, int64_t k, bool ta, bool tb,
+                        bool accumulate, float alpha) {
+  // Rows with something between them, which must not be read as part of them.
+  const int64_t lda = (ta ? m : k) + 3, ldb = (tb ? k : n) + 1, ldc = n + 2;
+  std::vector<float> left = random<float>(generator, lda * (ta ? k : m) - 3),
+                     right = random<float>(generator, ldb * (tb ? n : k) - 1),
+                     expected = random<float>(generator, ldc * m - 2);
+  const std::vector<fino::Bf16> a = operand<float, fino::Bf16>(left),
+                                b = operand<float, fino::Bf16>(right);
+  std::vector<float> found = expected, again = expected;
+  gemm<float, fino::Bf16>(ta, tb, m, n, k, alpha, a.data(), lda, b.data(), ldb, accumulate,
+                          expected.data(), ldc);
+  const int before = ended;
+  for (const auto& [parallel, out] : {std::pair{&in_two, &found}, {&on_three_threads, &again}})
+    fino::bf16_product(*parallel, fino::plain_bf16_kernel, [] { ++ended; }, ta, tb, m, n, k, alpha,
+                       a.data(), lda, b.data(), ldb, accumulate, out->data(), ldc);
+  if (ended == before || found != again) worst = std::numeric_limits<double>::infinity();
+  for (size_t i = 0; i < found.size(); ++i) compare(found[i] / std::sqrt(k), expected[i] / std::sqrt(k));
+}
+
+void check_bf16_products(std::mt19937& generator) {
+  struct Sizes {
+    int64_t m, n, k;
+  };
+  for (const Sizes& of : {Sizes{1, 1, 1}, {3, 70, 5}, {130, 64, 33}, {65, 129, 40}, {2, 3, 2051}})
+    for (const int flags : {0, 1, 2, 3, 4, 5, 6, 7})
+      check_bf16_product(generator, of.m, of.n, of.k, flags & 1, flags & 2, flags & 4,
+                         flags % 3 == 0 ? 1.0f : -0.5f);
+}
+
 }  // namespace
 
 int main() {
@@ -500,6 +535,7 @@ int main() {
   check_threads(generator);
   check_scratch();
   check_views(generator);
+  check_bf16_products(generator);
   const double single = taken();
   check_sweeps<float, fino::Bf16>();
   const double half = taken();

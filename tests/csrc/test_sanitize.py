@@ -40,7 +40,8 @@ def program(sanitizers: str, levels: tuple[str, ...], folder: Path) -> Path:
         command = [compiler, *flags, *LEVEL_FLAGS[level], f"-DFINO_LEVEL={level}", "-c", source]
         subprocess.run([*command, "-o", objects[-1]], check=True)
     kernels = (
-        "capability", "contrastive", "heads", "orthogonal", "scratch", "views", "wide_head",
+        "bf16_product", "capability", "contrastive", "heads", "orthogonal", "scratch", "views",
+        "wide_head",
     )  # fmt: skip
     sources = [HERE / "sweep_check.cpp", *(CSRC / "cpu" / f"{name}.cpp" for name in kernels)]
     program = folder / "sweep_check"
