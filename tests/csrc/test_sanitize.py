@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -31,23 +32,28 @@ def program(sanitizers: str, levels: tuple[str, ...], folder: Path) -> Path:
     """sweep_check.cpp with the kernels of `levels`, built under `sanitizers`."""
     compiler = os.environ.get("CXX", "c++")
     assert shutil.which(compiler), "the native build needs it too"
-    flags = [*FLAGS, f"-fsanitize={sanitizers}"]
+    flags = [compiler, *FLAGS, f"-fsanitize={sanitizers}"]
     have = [f"-DFINO_HAVE_{level.upper()}" for level in levels]
-    objects = []
-    for level in levels:
-        objects.append(str(folder / f"{level}.o"))
-        source = str(CSRC / "cpu" / "epilogues.cpp")
-        command = [compiler, *flags, *LEVEL_FLAGS[level], f"-DFINO_LEVEL={level}", "-c", source]
-        subprocess.run([*command, "-o", objects[-1]], check=True)
     kernels = (
         "bf16_product", "capability", "contrastive", "heads", "orthogonal", "scratch", "views",
         "wide_head",
     )  # fmt: skip
     sources = [HERE / "sweep_check.cpp", *(CSRC / "cpu" / f"{name}.cpp" for name in kernels)]
+    # Object → what makes it.
+    commands = {folder / f"{source.stem}.o": [*have, "-c", source] for source in sources}
+    for level in levels:
+        source = CSRC / "cpu" / "epilogues.cpp"
+        options = [*LEVEL_FLAGS[level], f"-DFINO_LEVEL={level}", "-c", source]
+        commands[folder / f"{level}.o"] = options
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        built = [
+            pool.submit(subprocess.run, [*flags, *options, "-o", target], check=True)
+            for target, options in commands.items()
+        ]
+    for command in built:
+        command.result()
     program = folder / "sweep_check"
-    subprocess.run(
-        [compiler, *flags, *have, *map(str, sources), *objects, "-o", program], check=True
-    )
+    subprocess.run([*flags, *commands, "-o", program], check=True)
     return program
 
 
