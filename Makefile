@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 SEEDS  ?= 1
 DEVICE ?= cpu
 SECONDS ?= 600
+WORKERS ?= 2
 RESULTS := benchmarks/results
 CLAIMS  := $(patsubst benchmarks/test_%.py,%,$(filter-out %/test_gpu.py,$(wildcard benchmarks/test_*.py)))
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
@@ -32,8 +33,9 @@ $(VENV)/.built: $(VENV)/.packages setup.py $(shell find csrc -type f)
 demo: setup
 	$(BIN)/fino-fast demo --seeds $(SEEDS)
 
+# Files of tests side by side: many of them wait for processes of their own.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

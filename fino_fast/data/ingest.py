@@ -258,6 +258,14 @@ def read_plans(out: Location) -> list[Plan]:
     return plans
 
 
+def _sealed_tars(out: Location) -> dict[str, str]:
+    """SHA-256 of the shards that the last seal named."""
+    try:
+        return {shard.name: shard.sha256 for shard in Manifest.read(out).shards}
+    except DataError:
+        return {}  # none yet, by an earlier version, or damaged: it is written anew
+
+
 def _sealed_plans(out: Location) -> list[object]:
     """Hashes of the plans that the last seal named, by whatever version."""
     try:
@@ -301,6 +309,7 @@ def _check_inputs(request: Request, plans: list[Plan], inputs: Inputs) -> None:
 def write_tasks(request: Request, plans: list[Plan]) -> list[WriteTask]:
     """One task a planned shard, in order."""
     tasks = []
+    sealed = _sealed_tars(request.out)
     for plan in plans:
         plan_sha256 = plan.hash  # of the whole plan: not once a shard
         tasks += [
@@ -314,6 +323,7 @@ def write_tasks(request: Request, plans: list[Plan]) -> list[WriteTask]:
                 schema_sha256=plan.schema_sha256,
                 limits=request.declaration.images,
                 check=request.check,
+                sealed_sha256=sealed.get(shard.name),
             )
             for group, shard in enumerate(plan.shards)
         ]

@@ -99,6 +99,8 @@ class WriteTask:
     schema_sha256: str
     limits: ImagesDeclaration
     check: bool
+    sealed_sha256: str | None = None
+    """Of the tar, by the manifest of an earlier seal."""
 
     @property
     def name(self) -> str:
@@ -156,9 +158,14 @@ def committed_receipt(task: WriteTask) -> Receipt | None:
         return None
     except OSError as error:
         raise DataError(f"{tar}: cannot be read: {error.strerror}") from error
-    expected = (task.name, task.plan_sha256, task.shard.first_row, task.shard.rows)
-    found = (receipt.name, receipt.plan_sha256, receipt.first_row, receipt.rows)
+    plan = (task.plan_sha256, task.schema_sha256)
+    expected = (task.name, *plan, task.shard.first_row, task.shard.rows)
+    plan = (receipt.plan_sha256, receipt.schema_sha256)
+    found = (receipt.name, *plan, receipt.first_row, receipt.rows)
     whole = (size, sidecar) == (receipt.bytes, receipt.sidecar_sha256)
+    if whole and task.sealed_sha256 not in (None, receipt.sha256):
+        # Written again since, or damaged. Otherwise tars are not read: they may be terabytes.
+        whole = sha256_of(tar) == receipt.sha256
     return receipt if found == expected and whole else None
 
 

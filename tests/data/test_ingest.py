@@ -559,6 +559,35 @@ def test_random_bytes_in_a_plan_or_receipt_end_a_rerun_well(
     assert content(lab.out) == whole
 
 
+@pytest.mark.parametrize("field", ["sha256", "sidecar_sha256", "schema_sha256", "plan_sha256"])
+def test_a_receipt_with_another_hash_is_not_believed(lab: Lab, field: str) -> None:
+    """The shard is written again, to the same bytes, and the set is what it was."""
+    lab.ingest()
+    whole = content(lab.out)
+    path = lab.out / "shard-0000-000001.json"
+    receipt = json.loads(path.read_bytes())
+    receipt[field] = receipt[field][::-1]
+    path.write_text(json.dumps(receipt), encoding="utf-8")
+    assert lab.ingest().shards_written == 1
+    assert content(lab.out) == whole
+
+
+def test_a_shard_written_again_after_the_seal_stands_without_a_seal(lab: Lab) -> None:
+    """A run that ended between the two: its receipt and the former manifest differ, rightly."""
+    report = lab.ingest()
+    former = (lab.out / "MANIFEST.json").read_bytes()
+    (lab.images / lab.rows[3]["file"]).unlink()
+    for tar in lab.out.glob("*.tar"):
+        tar.unlink()
+    lab.ingest(max_reject=Allowance(count=1))
+    (lab.out / "MANIFEST.json").write_bytes(former)
+    again = lab.ingest(max_reject=Allowance(count=1))
+    assert again.shards_written == 0
+    assert report.manifest is not None
+    assert again.manifest is not None
+    assert again.manifest.samples == report.manifest.samples - 1
+
+
 @pytest.fixture(scope="module")
 def sealed_lab(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, dict[str, bytes]]:
     lab = make_lab(tmp_path_factory.mktemp("sealed-lab") / "lab", 24)
