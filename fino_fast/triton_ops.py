@@ -234,9 +234,10 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None
     ctx.rest = rest
     moving = dict(zip(_moving(kind, balanced, want_x), prototypes, strict=True))
     ctx.slot = [f for f in range(len(x)) if kind[f] != PROTOTYPE.value or f in moving]
+    no_offset = lse.new_empty(0)
     swept = (
         [moving.get(f, bank[f]) for f in ctx.slot],
-        [offset[f] for f in ctx.slot if f not in moving],
+        [no_offset if f in moving else offset[f] for f in ctx.slot],
         [target[f] for f in ctx.slot],
         [inv_count[f] for f in ctx.slot],
     )
@@ -250,7 +251,7 @@ def _backward(
     ctx: Any, grad_losses: Tensor | None, grad_guides: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
-    (lse, counts), kept, spaces, guidance, bank, offset, target, inv_count = (
+    (lse, counts), kept, spaces, guidance, *swept = (
         [next(saved) for _ in range(size)] for size in ctx.sizes
     )
     kind, _, _, space, batch, _, want_x, _ = ctx.rest
@@ -261,20 +262,18 @@ def _backward(
     grad_guides = lse.new_zeros(()) if grad_guides is None else grad_guides
     pairs = kind.index(PAIRS.value) if PAIRS.value in kind else None
     column_lse = lse.new_empty(0) if pairs is None else gather_views(lse[pairs], batch[0])
-    of_others = iter(offset)
-    no_offset = lse.new_empty(0)
-    offset = [no_offset if kind[f] == PROTOTYPE.value else next(of_others) for f in ctx.slot]
     rows, by_bank, by_offset = step_backward(
-        grad_losses, grad_guides, lse, column_lse, kept, spaces, guidance, ctx.slot, bank, offset,
-        target, inv_count, counts, *ctx.rest,
+        grad_losses, grad_guides, lse, column_lse, kept, spaces, guidance, ctx.slot, *swept,
+        counts, *ctx.rest,
     )  # fmt: skip
     banks = len(kind)
     # One gradient for all banks on the same rows: it goes to the first of them.
     at_x = [rows[i] if want_x and space.index(i) == f else None for f, i in enumerate(space)]
     at_bank: list[Tensor | None] = [None] * banks
     at_offset: list[Tensor | None] = [None] * banks
-    for f, gradients in zip(ctx.slot, zip(by_bank, by_offset, strict=True), strict=True):
-        at_bank[f], at_offset[f] = (g if g.numel() else None for g in gradients)
+    for f, bank, offset in zip(ctx.slot, by_bank, by_offset, strict=True):
+        at_bank[f] = bank if bank.numel() else None
+        at_offset[f] = offset if offset.numel() else None
     return at_x, at_bank, at_offset, none, none, none, none, *[None] * 8
 
 

@@ -158,10 +158,11 @@ def committed_receipt(task: WriteTask) -> Receipt | None:
         return None
     except OSError as error:
         raise DataError(f"{tar}: cannot be read: {error.strerror}") from error
-    plan = (task.plan_sha256, task.schema_sha256)
-    expected = (task.name, *plan, task.shard.first_row, task.shard.rows)
-    plan = (receipt.plan_sha256, receipt.schema_sha256)
-    found = (receipt.name, *plan, receipt.first_row, receipt.rows)
+    shard = task.shard
+    expected = (task.name, task.plan_sha256, task.schema_sha256, shard.first_row, shard.rows)
+    found = (
+        receipt.name, receipt.plan_sha256, receipt.schema_sha256, receipt.first_row, receipt.rows,
+    )  # fmt: skip
     whole = (size, sidecar) == (receipt.bytes, receipt.sidecar_sha256)
     if whole and task.sealed_sha256 not in (None, receipt.sha256):
         # Written again since, or damaged. Otherwise tars are not read: they may be terabytes.
