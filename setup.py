@@ -12,7 +12,7 @@ Switches (environment variables):
     FINO_CPU_ONLY = 0 (default) | 1
     │   1: leave the CUDA kernels out
     └── FORCE_CUDA = 0 (default) | 1
-        │   0: build them where nvcc and a CUDA build of torch are found, GPU or not
+        │   0: build them where nvcc and a torch of the same CUDA are found, GPU or not
         │   1: it is an error where they cannot be built
         └── TORCH_CUDA_ARCH_LIST   chips, as in PyTorch (default: "8.0;9.0;10.0+PTX")
 
@@ -24,7 +24,9 @@ of its own of them, which fino_fast/cuda.py loads where there is a GPU.
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -83,17 +85,31 @@ def wants_cuda() -> bool:
 
     if flag("FINO_CPU_ONLY"):
         return False
-    missing = [
-        what
-        for what, present in (
-            ("nvcc is not on the PATH", shutil.which("nvcc") is not None),
-            ("this torch is a CPU build", torch.version.cuda is not None),
-        )
-        if not present
-    ]
+    theirs, ours = torch.version.cuda, nvcc_release()
+    missing = []
+    if ours is None:
+        missing.append("nvcc is not on the PATH")
+    if theirs is None:
+        missing.append("this torch is a CPU build")
+    if ours and theirs and ours.split(".")[0] != theirs.split(".")[0]:
+        # The library is loaded beside torch's own runtime, which has the same major number or none.
+        missing.append(f"nvcc is of CUDA {ours}, this torch of CUDA {theirs}")
     if missing and flag("FORCE_CUDA"):
         sys.exit(f"setup.py: FORCE_CUDA=1, but {' and '.join(missing)}")
+    if missing:
+        print(f"setup.py: {' and '.join(missing)}; installing without the CUDA C++ kernels")
     return not missing
+
+
+def nvcc_release() -> str | None:
+    """Of the nvcc on the PATH, like "13.0"; None where there is none."""
+    if shutil.which("nvcc") is None:
+        return None
+    told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+\.\d+)", told)
+    if release is None:
+        sys.exit(f"setup.py: expected `nvcc --version` to name its release, found {told!r}")
+    return release[1]
 
 
 def cuda_chips() -> list[str]:

@@ -20,7 +20,19 @@ NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
 
 @cache
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(_FILES[0]))
+    """The library.
+
+    Raises:
+        RuntimeError: it does not load.
+    """
+    try:
+        return ctypes.CDLL(str(_FILES[0]))
+    except OSError as error:
+        raise RuntimeError(
+            f"the CUDA C++ kernels do not load: {error}. They are built for the CUDA of the torch "
+            f"that was installed then; this torch has CUDA {torch.version.cuda}. Build fino-fast "
+            "again in this environment (FINO_CPU_ONLY=1 builds it without them)"
+        ) from error
 
 
 def _call(name: str, device: torch.device, *arguments: Any) -> None:

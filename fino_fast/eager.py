@@ -61,7 +61,7 @@ def _head(call: HeadCall, want_gradient: bool) -> HeadResult:
     if not want_gradient:
         return HeadResult(*head_loss(call, call.guided))
     loss, pullback, metric = cast(
-        tuple[Tensor, Callable[[Tensor], tuple[Tensor]], Tensor],
+        "tuple[Tensor, Callable[[Tensor], tuple[Tensor]], Tensor]",
         torch.func.vjp(lambda x: head_loss(call, x), call.guided, has_aux=True),
     )
     return HeadResult(loss, metric, pullback(torch.ones_like(loss))[0].detach())

@@ -1,6 +1,7 @@
 """The metadata heads: parameters, buffers, and the update of the prototype banks."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,10 +100,31 @@ class PrototypeHead(nn.Module):
         """
         update_banks([self], teacher, [labels])
 
-    def update_view(self, rows: Tensor, labels: Tensor) -> None:
-        """Move the bank towards the rows of one view of all ranks. [N, D], [N]."""
-        m = self.factor.momentum
-        unit = normalize(rows.to(accumulation_dtype(rows.dtype)))
+
+# An operator, for Inductor to leave alone: until PyTorch 2.11 it fuses the read of a bank with the
+# write back to it, so that of several rows of one class each moves what the last one has moved
+# (pytorch/pytorch#174074).
+@torch.library.custom_op("fino::update_bank", mutates_args=("centroids", "temperatures", "counts"))
+def _update_bank(
+    centroids: Tensor,
+    temperatures: Tensor,
+    counts: Tensor,
+    rows: Tensor,
+    labels: Tensor,
+    momentum: float,
+    unit_norm: bool,
+) -> None:
+    """Move one bank towards the rows of all views of all ranks, view by view.
+
+    Args:
+        centroids, temperatures, counts: as in `PrototypeHead`.
+        rows: [V, N, D].
+        labels: [N].
+        momentum: m.
+        unit_norm: `concentration="fixed"`.
+    """
+    for view in rows.unbind(0):
+        unit = normalize(view.to(accumulation_dtype(view.dtype)))
         valid = (labels >= 0) & unit.isfinite().all(1)
         # Fixed shapes: every row writes the new state of its class; rows of one class write the
         # same. A row that takes no part writes that of the largest label present, or, where none
@@ -115,20 +137,25 @@ class PrototypeHead(nn.Module):
         unit = torch.where(valid[:, None], unit, 0.0)
         mean = group_sums(unit, slots)[slots] / size.clamp_min(1)[:, None]
 
-        counts, old = self.counts[classes], self.centroids[classes].to(unit.dtype)
-        known = counts > 0
-        new = torch.where(known[:, None], m * old + (1 - m) * mean, mean)
-        if self.factor.concentration == "fixed":
+        seen, old = counts[classes], centroids[classes].to(unit.dtype)
+        known = seen > 0
+        new = torch.where(known[:, None], momentum * old + (1 - momentum) * mean, mean)
+        if unit_norm:
             new = normalize(new)
         else:
-            phi = self.temperatures[classes].to(unit.dtype)
+            phi = temperatures[classes].to(unit.dtype)
             distance = (unit - normalize(old)).square().sum(1) * mask
             spread = (group_sums(distance, slots)[slots] / size.clamp_min(1)).sqrt()
-            moved = torch.where(known & (size >= 2), m * phi + (1 - m) * spread, phi)
-            self.temperatures[classes] = moved.to(self.temperatures.dtype)
+            moved = torch.where(known & (size >= 2), momentum * phi + (1 - momentum) * spread, phi)
+            temperatures[classes] = moved.to(temperatures.dtype)
         new = torch.where((size > 0)[:, None], new, old)
-        self.centroids[classes] = new.to(self.centroids.dtype)
-        self.counts[classes] = counts + size.to(torch.int64)
+        centroids[classes] = new.to(centroids.dtype)
+        counts[classes] = seen + size.to(torch.int64)
+
+
+@_update_bank.register_fake
+def _(*arguments: Any) -> None:
+    return None
 
 
 @torch.no_grad()
@@ -158,8 +185,10 @@ def update_banks(heads: list[PrototypeHead], teacher: Tensor, labels: list[Tenso
         )
     for f, head in enumerate(heads):
         if f not in fused:
-            for view in rows.unbind(0):
-                head.update_view(view, of_head[f])
+            _update_bank(
+                head.centroids, head.temperatures, head.counts, rows, of_head[f],
+                head.factor.momentum, head.factor.concentration == "fixed",
+            )  # fmt: skip
 
 
 Head = LinearHead | PrototypeHead

@@ -337,7 +337,7 @@ class FinoLoss(nn.Module):
             # The layers' own parameters see no guidance: it acts in front of them.
             z = scale_gradient(z, guidance)
         if self.balance and len(head.hidden):
-            x, pullback = cast(tuple[Tensor, Pullback], torch.func.vjp(head.features, z))
+            x, pullback = cast("tuple[Tensor, Pullback]", torch.func.vjp(head.features, z))
         else:
             x = head.features(z)
         kind: Kind

@@ -10,7 +10,15 @@ from torch import Tensor
 from . import ops
 from .distributed import gather_views, rank, world_size
 from .reference import accumulation_dtype, orthonormal_design
-from .terms import ContrastiveCall, HeadCall, HeadResult, OrthogonalCall, Step, StepResult
+from .terms import (
+    ContrastiveCall,
+    HeadCall,
+    HeadResult,
+    OrthogonalCall,
+    Step,
+    StepResult,
+    numbered,
+)
 
 # Above this size of a bank its gradient is not held from the forward to the backward pass.
 DEFERRED_BANK_BYTES = 2**28
@@ -86,14 +94,13 @@ def _guides(calls: Sequence[HeadCall], deterministic: bool) -> Guides:
             together.append(f)
     if together:
         members = [calls[f] for f in together]
-        spaces: dict[int, int] = {}
-        group = [spaces.setdefault(id(call.x), len(spaces)) for call in members]
+        group = numbered([call.x for call in members])
         want_x = torch.is_grad_enabled() and any(call.x.requires_grad for call in members)
         run = _run(members, group, want_x, deterministic)
         sums.append(run.sums.sum())
         for i, f in enumerate(together):
             results[f] = HeadResult(run.losses[i], run.metrics[i])
-    return torch.stack(sums).sum(), cast(list[HeadResult], results)
+    return torch.stack(sums).sum(), cast("list[HeadResult]", results)
 
 
 def _deferred(call: HeadCall) -> bool:
@@ -140,8 +147,9 @@ def _orthogonal(
     sums = []
     overlaps: dict[int, Tensor] = {}
     spaces: dict[tuple[int, int], list[int]] = {}
-    for f, call in enumerate(calls):
-        spaces.setdefault((id(call.z), id(call.guidance)), []).append(f)
+    rows, guidance = numbered([c.z for c in calls]), numbered([c.guidance for c in calls])
+    for f, space in enumerate(zip(rows, guidance, strict=True)):
+        spaces.setdefault(space, []).append(f)
     for members in spaces.values():
         first = calls[members[0]]
         z = gather_views(first.z, 1)

@@ -203,7 +203,7 @@ def _contrastive_forward_fake(
     views: int,
     two_tower: bool,
     want_gradient: bool,
-    deterministic: bool = False,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(rows.dtype)
     return (
@@ -220,7 +220,7 @@ def _ranks_contrastive_forward_fake(
     views: int,
     first: int,
     two_tower: bool,
-    deterministic: bool = False,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(rows.dtype)
     return rows.new_empty((), dtype=dtype), rows.new_empty(rows.shape[0], dtype=dtype)
@@ -236,7 +236,7 @@ def _ranks_contrastive_backward_fake(
     views: int,
     first: int,
     two_tower: bool,
-    deterministic: bool = False,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), scale.new_empty(())
 
@@ -255,7 +255,7 @@ def _heads_forward_fake(
     group: list[int],
     want_x: bool,
     want_bank: bool,
-    deterministic: bool = False,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     dtype = accumulation_dtype(x[0].dtype)
 
@@ -280,7 +280,7 @@ def _wide_head_forward_fake(
     target: Tensor,
     inv_count: Tensor,
     smoothing: float,
-    deterministic: bool = False,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
     loss, metric = x.new_empty((), dtype=dtype), x.new_empty((), dtype=dtype)
@@ -298,7 +298,7 @@ def _wide_head_backward_fake(
     smoothing: float,
     want_x: bool,
     want_bank: bool,
-    deterministic: bool = False,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if want_x else (0,)),
@@ -313,7 +313,7 @@ def _orthogonal_forward_fake(
     preserve: list[bool],
     weight: list[float],
     guidance: Tensor,
-    deterministic: bool = False,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(z.dtype)
     return (

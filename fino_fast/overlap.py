@@ -14,7 +14,7 @@ from torch import Tensor
 from . import cuda, reference
 from .distributed import gather_views, rank, sum_over_ranks, whole, world_size
 from .reference import orthonormal_design, scale_gradient
-from .terms import OrthogonalCall
+from .terms import OrthogonalCall, numbered
 
 SWEEP, SQUARES, SUPPRESS = range(3)  # how ‖S Uᵀ‖² is computed, if at all
 
@@ -73,8 +73,10 @@ class Split:
 def split(calls: list[OrthogonalCall]) -> list[Split]:
     """The terms by the z on which they stand."""
     splits = []
-    for z in {id(call.z): call.z for call in calls}.values():
-        members = [f for f, call in enumerate(calls) if call.z is z]
+    spaces = numbered([call.z for call in calls])
+    for space in sorted(set(spaces)):
+        members = [f for f in range(len(calls)) if spaces[f] == space]
+        z = calls[members[0]].z
         if cuda.serves_rows(z):
             splits.append(_by_kernels(z, calls, members))
             continue

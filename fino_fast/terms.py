@@ -12,6 +12,21 @@ from .reference import scale_gradient
 Kind = Literal["linear", "prototype", "identity", "sigmoid", "tanh"]
 
 
+def numbered(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Of each its number among the different ones, in order of appearance.
+
+    Found by `is`: PyTorch 2.11 and before do not compile `id` of an intermediate.
+    """
+    different: list[Tensor | None] = []
+    numbers = []
+    for tensor in tensors:
+        known = [i for i, other in enumerate(different) if other is tensor]
+        numbers.append(known[0] if known else len(different))
+        if not known:
+            different.append(tensor)
+    return numbers
+
+
 @dataclass
 class ContrastiveCall:
     """The contrastive term over the local rows.

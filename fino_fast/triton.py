@@ -12,7 +12,7 @@ from .kernels.epilogues import OVERLAP, PAIRS
 from .ops import KINDS
 from .overlap import Swept
 from .reference import accumulation_dtype
-from .terms import ContrastiveCall, HeadCall, HeadResult, Step, StepResult
+from .terms import ContrastiveCall, HeadCall, HeadResult, Step, StepResult, numbered
 from .triton_ops import step_forward
 
 
@@ -108,7 +108,7 @@ def _run(
                 0.0, 1.0,
             )
         )  # fmt: skip
-    most = max((len(bank.vectors) for bank in swept), default=0)
+    most = max([0, *(len(bank.vectors) for bank in swept)])
     zeros = like.new_zeros(most, dtype=accumulation_dtype(like.dtype))
     entries += [
         # The gradient at U takes the factor of U, as that at a head's rows takes the guidance.
@@ -119,10 +119,9 @@ def _run(
         for bank in swept
     ]  # fmt: skip
     recording = torch.is_grad_enabled()
-    spaces: dict[int, int] = {}
     losses, guides, metrics, _, kept, *_ = step_forward(
         *(list(column) for column in zip(*entries, strict=True)),
-        [spaces.setdefault(id(entry.x), len(spaces)) for entry in entries],
+        numbered([entry.x for entry in entries]),
         batch,
         balanced,
         recording

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from .aot import SHARED_LIMIT, Compiled, compile_launch, record, specialised
@@ -234,7 +235,8 @@ def faults(checked: Checked) -> list[str]:
 def table(results: list[Checked]) -> str:
     """The results as Markdown, all widths and compile-time variants of a kernel as one row.
 
-    Tiles that hold rows of different widths, or none, stand apart.
+    Tiles that hold rows of different widths, or none, stand apart. What the compiler makes of a
+    kernel differs from version to version of Triton, so it is named.
     """
     held: dict[tuple[str, str, int, int, int], int] = {}
     groups: dict[tuple[str, str, int, int, int], list[Compiled]] = {}
@@ -247,6 +249,8 @@ def table(results: list[Checked]) -> str:
         held[key] = max(width, held.get(key, 0))
         groups.setdefault(key, []).append(result)
     lines = [
+        f"Triton {triton.__version__}",
+        "",
         "| kernel | dtype | chip | held up to D | registers | spilled bytes | "
         "shared memory, KiB | tensor cores |",
         "|---|---|---|---|---|---|---|---|",

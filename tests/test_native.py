@@ -317,15 +317,15 @@ def operator_samples(dtype: torch.dtype) -> Iterator[tuple[object, tuple[object,
     rows = torch.randn(6, 4, dtype=dtype, requires_grad=True)
     scale = torch.tensor(5.0, dtype=dtype, requires_grad=True)
     forward = torch.ops.fino.contrastive_forward.default
-    yield forward, (rows, scale, 2, False, True)
-    yield forward, (rows.detach(), scale.detach(), 2, True, False)
+    yield forward, (rows, scale, 2, False, True, False)
+    yield forward, (rows.detach(), scale.detach(), 2, True, False, True)
     # Columns of other ranks: outside a process group there is no one to ask for a gradient.
     fixed = (rows.detach(), torch.randn(10, 4, dtype=dtype), scale.detach())
-    yield torch.ops.fino.ranks_contrastive_forward.default, (*fixed, 2, 2, True)
+    yield torch.ops.fino.ranks_contrastive_forward.default, (*fixed, 2, 2, True, False)
     lse = torch.randn(6, dtype=dtype)
     yield (
         torch.ops.fino.ranks_contrastive_backward.default,
-        (torch.ones((), dtype=dtype), *fixed, lse, torch.randn(10, dtype=dtype), 2, 2, True),
+        (torch.ones((), dtype=dtype), *fixed, lse, torch.randn(10, dtype=dtype), 2, 2, True, True),
     )
     for want in (False, True):
         calls = [head_call(kind, 6, 4, 5, dtype) for kind in KINDS]
@@ -346,23 +346,24 @@ def operator_samples(dtype: torch.dtype) -> Iterator[tuple[object, tuple[object,
                 [0, 1, 0, 2, 1],
                 want,
                 want,
+                want,
             ),
         )
     call = head_call("linear", 6, 4, 5, dtype)
     wide = (call.x, call.bank, call.offset, call.target, call.inv_count)
-    yield torch.ops.fino.wide_head_forward.default, (*wide, 0.1)
+    yield torch.ops.fino.wide_head_forward.default, (*wide, 0.1, False)
     fixed = tuple(tensor.detach() for tensor in wide)
     for want in (False, True):
         yield (
             torch.ops.fino.wide_head_backward.default,
-            (torch.ones((), dtype=dtype), *fixed, lse, 0.1, want, not want),
+            (torch.ones((), dtype=dtype), *fixed, lse, 0.1, want, not want, want),
         )
 
     z = torch.randn(6, 4, dtype=dtype, requires_grad=True)
     designs = [torch.tensor([0, 2, -1, 0, 2, 7]), torch.randn(6, 2, dtype=dtype)] * 2
     yield (
         torch.ops.fino.orthogonal_forward.default,
-        (z, designs, [False, False, True, True], [1.0, 0.1, 2.0, 0.5], half),
+        (z, designs, [False, False, True, True], [1.0, 0.1, 2.0, 0.5], half, False),
     )
 
 

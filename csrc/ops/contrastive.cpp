@@ -181,17 +181,17 @@ std::tuple<Tensor, Tensor> ranks_contrastive_backward(
 TORCH_LIBRARY_FRAGMENT(fino, m) {
   m.def(
       "contrastive_forward(Tensor rows, Tensor logit_scale, int views, bool two_tower, "
-      "bool want_gradient, bool deterministic=False) "
+      "bool want_gradient, bool deterministic) "
       "-> (Tensor loss, Tensor grad_rows, Tensor grad_logit_scale)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "ranks_contrastive_forward(Tensor rows, Tensor columns, Tensor logit_scale, int views, "
-      "int first, bool two_tower, bool deterministic=False) -> (Tensor loss, Tensor lse)",
+      "int first, bool two_tower, bool deterministic) -> (Tensor loss, Tensor lse)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "ranks_contrastive_backward(Tensor grad, Tensor rows, Tensor columns, Tensor logit_scale, "
       "Tensor lse_rows, Tensor lse_columns, int views, int first, bool two_tower, "
-      "bool deterministic=False) -> (Tensor grad_rows, Tensor grad_logit_scale)",
+      "bool deterministic) -> (Tensor grad_rows, Tensor grad_logit_scale)",
       {at::Tag::pt2_compliant_tag});
 }
 

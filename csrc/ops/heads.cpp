@@ -157,7 +157,7 @@ TORCH_LIBRARY_FRAGMENT(fino, m) {
   m.def(
       "heads_forward(Tensor[] x, Tensor[] bank, Tensor[] offset, Tensor[] target, "
       "Tensor[] inv_count, Tensor[] counts, Tensor[] guidance, float[] weight, int[] kind, "
-      "float[] smoothing, int[] group, bool want_x, bool want_bank, bool deterministic=False) "
+      "float[] smoothing, int[] group, bool want_x, bool want_bank, bool deterministic) "
       "-> (Tensor sums, "
       "Tensor losses, Tensor metrics, Tensor[] grad_x, Tensor[] grad_bank, Tensor[] grad_offset)",
       {at::Tag::pt2_compliant_tag});

@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> orthogonal_forward(const Tensor& z, at::Tenso
 TORCH_LIBRARY_FRAGMENT(fino, m) {
   m.def(
       "orthogonal_forward(Tensor z, Tensor[] designs, bool[] preserve, float[] weight, "
-      "Tensor guidance, bool deterministic=False) -> (Tensor sum, Tensor values, Tensor grad_z)",
+      "Tensor guidance, bool deterministic) -> (Tensor sum, Tensor values, Tensor grad_z)",
       {at::Tag::pt2_compliant_tag});
 }
 

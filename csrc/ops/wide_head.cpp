@@ -95,12 +95,12 @@ std::tuple<Tensor, Tensor, Tensor> wide_head_backward(
 TORCH_LIBRARY_FRAGMENT(fino, m) {
   m.def(
       "wide_head_forward(Tensor x, Tensor bank, Tensor offset, Tensor target, Tensor inv_count, "
-      "float smoothing, bool deterministic=False) -> (Tensor loss, Tensor metric, Tensor lse)",
+      "float smoothing, bool deterministic) -> (Tensor loss, Tensor metric, Tensor lse)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "wide_head_backward(Tensor grad, Tensor x, Tensor bank, Tensor offset, Tensor target, "
       "Tensor inv_count, Tensor lse, float smoothing, bool want_x, bool want_bank, "
-      "bool deterministic=False) -> (Tensor grad_x, Tensor grad_bank, Tensor grad_offset)",
+      "bool deterministic) -> (Tensor grad_x, Tensor grad_bank, Tensor grad_offset)",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -82,6 +82,8 @@ def join(rank: int, world: int, folder: str) -> None:
     torch.save(results, Path(folder) / f"world{world}rank{rank}.pt")
     orthogonal = orthogonal_terms(rank, world)
     torch.save(orthogonal, Path(folder) / f"orthogonal{world}rank{rank}.pt")
+    # Before its group: the one that outlives it waits for ever in PyTorch 2.11 for a lock it holds.
+    del model
     dist.destroy_process_group()
 
 
