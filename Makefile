@@ -7,11 +7,12 @@ DEVICE ?= cpu
 SECONDS ?= 600
 WORKERS ?= 2
 RESULTS := benchmarks/results
+LOWEST := build/lowest
 CLAIMS  := $(patsubst benchmarks/test_%.py,%,$(filter-out %/test_gpu.py,$(wildcard benchmarks/test_*.py)))
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := -c requirements/constraints.txt
 
-.PHONY: setup demo test lint sanitize bench bench-cpu bench-cuda $(CLAIMS:%=bench-%) soak gpu-check clean
+.PHONY: setup demo test test-lowest lint sanitize bench bench-cpu bench-cuda $(CLAIMS:%=bench-%) soak gpu-check clean
 # Benchmarks beside each other would measure each other.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -41,6 +42,17 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# With the oldest packages that pyproject.toml allows, on a copy of what is committed.
+test-lowest:
+	rm -rf $(LOWEST)/tree && mkdir -p $(LOWEST)/tree
+	git archive HEAD | tar x -C $(LOWEST)/tree
+	$(PYTHON) -m venv --clear $(LOWEST)/venv
+	$(PYTHON) requirements/lowest.py > $(LOWEST)/lowest.txt
+	cd $(LOWEST)/tree && pip="../venv/bin/python -m pip --disable-pip-version-check install -q -c ../lowest.txt" \
+	  && $$pip torch torchvision 'setuptools>=77' wheel pybind11 ninja numpy \
+	  && FINO_BUILD=1 $$pip --no-build-isolation -e '.[all,demo,test]' \
+	  && ../venv/bin/python -m pytest -n $(WORKERS) --dist loadfile -W ignore::DeprecationWarning
 
 # The kernels alone under the sanitizers of addresses, undefined behaviour and threads; part of `make test`.
 sanitize: setup

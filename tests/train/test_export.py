@@ -69,7 +69,7 @@ def test_timm_alone_gives_the_same_embeddings(
     with torch.no_grad():
         assert torch.equal(again(images), expected(images))
     prepared = timm.data.resolve_data_config(model=again)
-    assert prepared["input_size"] == (channels, 48, 48)
+    assert tuple(prepared["input_size"]) == (channels, 48, 48)
     torch.testing.assert_close(list(prepared["mean"]), [0.4] * channels)
     torch.testing.assert_close(list(prepared["std"]), [0.2] * channels)
     assert prepared["crop_pct"] == 0.9
