@@ -43,15 +43,18 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# With the oldest packages that pyproject.toml allows, on a copy of what is committed.
+# With the oldest packages that pyproject.toml allows, on a copy of what is committed. By uv, which
+# reads UV_INDEX and not pip's settings: pip's resolver does not end.
 test-lowest:
 	rm -rf $(LOWEST)/tree && mkdir -p $(LOWEST)/tree
 	git archive HEAD | tar x -C $(LOWEST)/tree
 	$(PYTHON) -m venv --clear $(LOWEST)/venv
+	$(LOWEST)/venv/bin/python -m pip --disable-pip-version-check install -q uv
 	$(PYTHON) requirements/lowest.py > $(LOWEST)/lowest.txt
-	cd $(LOWEST)/tree && pip="../venv/bin/python -m pip --disable-pip-version-check install -q -c ../lowest.txt" \
-	  && $$pip torch torchvision 'setuptools>=77' wheel pybind11 ninja numpy \
-	  && FINO_BUILD=1 $$pip --no-build-isolation -e '.[all,demo,test]' \
+	cd $(LOWEST)/tree && export VIRTUAL_ENV="$$PWD/../venv" \
+	  && install="../venv/bin/uv pip install -q -c ../lowest.txt" \
+	  && $$install torch torchvision 'setuptools>=77' wheel pybind11 ninja numpy \
+	  && FINO_BUILD=1 $$install --no-build-isolation -e '.[all,demo,test]' \
 	  && ../venv/bin/python -m pytest -n $(WORKERS) --dist loadfile -W ignore::DeprecationWarning
 
 # The kernels alone under the sanitizers of addresses, undefined behaviour and threads; part of `make test`.

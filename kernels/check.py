@@ -11,6 +11,7 @@ run), or sweeps without tensor cores.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -135,8 +136,14 @@ def compiled(
         widths: of the embeddings; empty: all that `every_launch` knows.
     """
     tasks = list(product(dtypes, capabilities, [tuple(widths)]))
-    # Not forked: PyTorch has threads by now.
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+    # Not forked: PyTorch has threads by now. By Ctrl-C they end; by default they would go on with
+    # what they compile, minutes, while the pool waits for them.
+    with ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)),
+        get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_DFL),
+    ) as pool:
         return [checked for found in pool.map(_compiled, tasks) for checked in found]
 
 

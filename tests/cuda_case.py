@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from fino_fast import overlap, reference
@@ -17,6 +18,10 @@ from fino_fast.factors import Role
 from fino_fast.terms import OrthogonalCall
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+FAKE_CUDA = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.10") or not torch.backends.cuda.is_built(),
+    reason="fake tensors on a CUDA device need a CUDA build of PyTorch 2.10 or later",
+)
 SHAPES = [(1, 1, 1), (1, 5, 3), (2, 33, 1), (13, 70, 4), (40, 31, 100), (300, 3, 2)]
 
 

@@ -8,8 +8,8 @@ import warnings
 import oracle
 import pytest
 import torch
+from cuda_case import FAKE_CUDA
 from loss_case import NAN, Expected, bank_of, embeddings, expect, factors, labels, metadata, values
-from packaging.version import Version
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -383,9 +383,7 @@ def test_the_step_never_waits_for_a_value(monkeypatch: pytest.MonkeyPatch) -> No
             loss.item()
 
 
-@pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.10"), reason="fake tensors of 2.9 ask for a driver"
-)
+@FAKE_CUDA
 @pytest.mark.parametrize("validate", [False, True])
 def test_values_are_checked_on_a_gpu_only_when_asked(validate: bool) -> None:
     """On a fake CUDA device, where any read of a value raises; shapes are always checked."""

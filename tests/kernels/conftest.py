@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import importlib.util
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,24 @@ from cuda_case import Counting, built_for_the_host
 
 from fino_fast import cuda
 
-triton = pytest.importorskip("triton", reason="triton comes with torch's CUDA builds only")
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Skipped(pytest.Module):
+    def collect(self) -> Any:
+        pytest.skip("triton comes with torch's CUDA builds only", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> pytest.Module | None:
+    return None if HAVE_TRITON else Skipped.from_parent(parent, path=module_path)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAVE_TRITON:
+        return
+    import triton
+
     if torch.cuda.is_available():
         for item in items:
             if item.path.parent == Path(__file__).parent:
@@ -66,6 +80,8 @@ def rounding_interpreter() -> Iterator[None]:
 
     The interpreter cuts the bits off, which doubles the error of every such conversion.
     """
+    import triton
+
     if not triton.knobs.runtime.interpret:
         yield
         return

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_case import FAKE_CUDA
 from loss_case import embeddings, factors, metadata
-from packaging.version import Version
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,9 +54,7 @@ def every_kind() -> list[Categorical | Continuous]:
     return [*factors(), Continuous("deep", role="suppress", activation="sigmoid", hidden=(4,))]
 
 
-@pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.10"), reason="fake tensors of 2.9 ask for a driver"
-)
+@FAKE_CUDA
 @pytest.mark.usefixtures("triton_backend")
 def test_the_host_never_waits_in_the_forward_pass() -> None:
     """Every operator of a step on a device without memory: shapes and devices are enough."""
