@@ -9,7 +9,7 @@ from loss_case import NAN, bank_of, labels
 from torch import Tensor, nn
 
 from fino_fast import Categorical, Continuous, FinoLoss, InfoNCE
-from fino_fast.heads import PrototypeHead, build_head
+from fino_fast.heads import PrototypeHead, _update_bank, build_head
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -204,6 +204,13 @@ def test_update_takes_teachers_that_require_a_gradient() -> None:
     head = prototype_head()
     head.update(teachers(1, 4, 4, seed=0).requires_grad_(), torch.arange(4))
     assert not head.centroids.requires_grad
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+def test_operator(unit_norm: bool) -> None:
+    bank = torch.randn(5, 4), torch.rand(5), torch.tensor([0, 3, 1, 0, 2])
+    y = torch.tensor([1, 1, -1, 3, 0, 1])
+    torch.library.opcheck(_update_bank, (*bank, torch.randn(2, 6, 4), y, 0.9, unit_norm))
 
 
 def test_one_update_of_a_large_bank_costs_no_more_than_of_a_small_one() -> None:
