@@ -1,5 +1,5 @@
 """Prints the lower bounds of what is installed with fino-fast, and of its extras for users, as
-constraints for pip.
+constraints for pip; of several for one package the highest.
 """
 
 import re
@@ -11,6 +11,10 @@ TOOLS = {"test", "lint", "bench", "bench-gpu"}  # of developers: their bounds ar
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
 users = [extras[name] for name in extras.keys() - TOOLS]
-for requirement in sorted({*project["dependencies"], *(one for extra in users for one in extra)}):
+lowest: dict[str, list[int]] = {}
+for requirement in [*project["dependencies"], *(one for extra in users for one in extra)]:
     if bound := re.fullmatch(r"([\w.-]+)>=([\d.]+)", requirement):
-        print(f"{bound[1]}=={bound[2]}")
+        version = [int(part) for part in bound[2].split(".")]
+        lowest[bound[1]] = max(version, lowest.get(bound[1], version))
+for name in sorted(lowest):
+    print(f"{name}=={'.'.join(map(str, lowest[name]))}")
