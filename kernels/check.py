@@ -38,7 +38,7 @@ from .operands import operands_kernel, sum_dtype
 from .page import write_between
 from .rows import rows_kernel
 from .sweep import sweep_kernel
-from .tiles import TILES, AnySizes, Tiles, forced
+from .tiles import TILES, AnySizes, Tiles, forced, tiles_of
 
 CAPABILITIES = tuple(SHARED_LIMIT)
 TF32 = "tf32"
@@ -150,7 +150,9 @@ def compiled(
 def _compiled(task: tuple[str, int, tuple[int, ...]]) -> list[Checked]:
     name, capability, widths = task
     with products("high" if name == TF32 else "highest"):
-        wanted = every_launch(DTYPES[name], TILES[capability // 10, DTYPES[name]], widths)
+        dtype = DTYPES[name]
+        tiles = tiles_of(capability // 10, SHARED_LIMIT[capability], dtype)
+        wanted = every_launch(dtype, tiles, widths)
     if name == TF32:
         # The others take no products.
         wanted = [launch for launch in wanted if "PRECISION" in launch.constants]

@@ -78,11 +78,12 @@ def input_precision(x: Tensor) -> str:
 
     For fp32 that is `tf32x3`: three TensorFloat-32 products that together are as exact as fp32.
     Plain `tf32` is taken only where PyTorch is told so, by
-    `torch.set_float32_matmul_precision("high")`.
+    `torch.set_float32_matmul_precision("high")` or one of its later names.
     """
     if x.dtype != torch.float32:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # It knows what was set by the former name; the getter of that one refuses the later ones.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def element_type(dtype: torch.dtype) -> Any:

@@ -7,7 +7,7 @@ Chosen so that every kernel compiles without register spills and within the chip
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -62,8 +62,9 @@ class Gradient(Sizes):
     chunk: int
 
     def __post_init__(self) -> None:
-        if any(self.chunk % size for size in (self.inner, self.step)):
-            raise ValueError(f"a chunk holds whole tiles and steps, found {self}")
+        # A step reads what tiles have written, and no further.
+        if self.chunk % self.inner or self.inner % self.step:
+            raise ValueError(f"a chunk holds whole tiles, and a tile whole steps, found {self}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ _HALF_80 = Tiles(
         Sizes(0, 128, 64, 64, Compiler(8, 3)),
     ),
     (
-        Gradient(1024, 64, 16, 128, Compiler(8, 2), 32, 64, 1024),
+        Gradient(1024, 64, 16, 128, Compiler(8, 2), 16, 64, 1024),
         Gradient(0, 64, 64, 32, Compiler(8, 3), 32, 128, 1024),
     ),
     (
@@ -196,6 +197,9 @@ TILES = {
     (10, torch.float32): _SINGLE_100,
     (10, torch.float64): _DOUBLE,
 }
+# What tiles that are held take at most on an A100. Chips of 8.6, 8.9 and 12.0, as in workstations,
+# have 99 KB.
+HELD_BYTES = 160 * 1024
 # Programs among which the tiles of a gradient are shared out: each has room for the coefficients of
 # one chunk, so this bounds their memory.
 WORKERS = 512
@@ -222,12 +226,30 @@ def forced(tiles: Tiles) -> Iterator[None]:
         _forced = before
 
 
+def tiles_of(major: int, shared: int, dtype: torch.dtype) -> Tiles:
+    """The tiles of a chip; one newer than the table takes its newest row.
+
+    Args:
+        major: of its compute capability.
+        shared: bytes of shared memory that one block may ask for.
+        dtype: of the rows.
+    """
+    if shared < HELD_BYTES:
+        tiles = TILES[8, dtype]
+        return Tiles(_unheld(tiles.sweeps), _unheld(tiles.rows), _unheld(tiles.banks))
+    known = [architecture for architecture, _ in TILES if architecture <= major]
+    return TILES[max(known, default=8), dtype]
+
+
+def _unheld(sizes: Iterable[AnySizes]) -> tuple[AnySizes, ...]:
+    return tuple(s for s in sizes if not s.holds)
+
+
 def tiles_for(x: Tensor) -> Tiles:
-    """The tiles for inputs like `x`; a chip newer than the table takes its newest row."""
+    """The tiles for inputs like `x`."""
     if _forced is not None:
         return _forced
     if triton.knobs.runtime.interpret:
         return INTERPRETER_TILES
-    major, _ = torch.cuda.get_device_capability(x.device)
-    known = [architecture for architecture, _ in TILES if architecture <= major]
-    return TILES[max(known, default=8), x.dtype]
+    chip: Any = torch.cuda.get_device_properties(x.device)  # not all of it is in the stubs
+    return tiles_of(chip.major, chip.shared_memory_per_block_optin, x.dtype)

@@ -56,6 +56,7 @@ def cuda_launches(
 ) -> Counter[str]:
     """How often the launchers of csrc/cuda were called; without a GPU they run on the host."""
     if device.type == "cuda":
+        assert cuda.AVAILABLE, "the CUDA C++ kernels are not built; FORCE_CUDA=1 says why"
         library = Counting(cuda._library())
     else:
         library = Counting(request.getfixturevalue("on_host"))
@@ -64,6 +65,15 @@ def cuda_launches(
         monkeypatch.setattr(cuda, "serves", lambda bank, rows: bank.dtype == torch.float32)
     monkeypatch.setattr(cuda, "_library", lambda: library)
     return library.calls
+
+
+@pytest.fixture
+def small_tiles() -> Iterator[None]:
+    """Those of the interpreter on a GPU, too: few rows have many of them."""
+    from fino_fast.kernels.tiles import INTERPRETER_TILES, forced
+
+    with forced(INTERPRETER_TILES):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -97,6 +97,13 @@ class Run:
     kept: list[Tensor | None]
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there with the strides that it has here; `to` closes gaps."""
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    memory = tensor.detach().as_strided((size,), (1,), 0).to(device)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def run_heads(
     calls: list[HeadCall],
     device: torch.device,
@@ -108,7 +115,7 @@ def run_heads(
     leaves: dict[int, Tensor] = {}
 
     def leaf(tensor: Tensor) -> Tensor:
-        return leaves.setdefault(id(tensor), tensor.to(device).detach().requires_grad_())
+        return leaves.setdefault(id(tensor), on_device(tensor, device).detach().requires_grad_())
 
     sums = accumulation_dtype(calls[0].x.dtype)
     moved = []

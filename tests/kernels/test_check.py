@@ -12,7 +12,7 @@ import triton
 from fino_fast.kernels.aot import SHARED_LIMIT, Compiled
 from fino_fast.kernels.check import HEADS, WIDTHS, Checked, faults, launches
 from fino_fast.kernels.launch import Launch
-from fino_fast.kernels.tiles import TILES
+from fino_fast.kernels.tiles import TILES, tiles_of
 from kernel_case import described
 from packaging.version import Version
 
@@ -79,7 +79,8 @@ def test_code_that_depends_on_the_number_of_rows_is_named() -> None:
 def test_there_are_tiles_for_every_dtype(capability: int) -> None:
     for dtype in (torch.float16, torch.float32, torch.float64):
         for widths in WIDTHS:
-            found = launches(dtype, TILES[capability // 10, dtype], widths)
+            tiles = tiles_of(capability // 10, SHARED_LIMIT[capability], dtype)
+            found = launches(dtype, tiles, widths)
             assert {launch.kernel.__name__.removesuffix("_kernel") for launch in found} == NAMES
 
 

@@ -6,7 +6,14 @@ from fino_fast.kernels.backward import Upstream, backward
 from fino_fast.kernels.bank import Bank
 from fino_fast.kernels.forward import forward
 from fino_fast.kernels.tiles import TILES, forced
-from kernel_case import TOLERANCE, close, contrastive_bank, expected_contrastive, random
+from kernel_case import (
+    TOLERANCE,
+    close,
+    contrastive_bank,
+    expected_contrastive,
+    on_device,
+    random,
+)
 from torch import Tensor
 
 from fino_fast.reference import accumulation_dtype, contrastive_rows
@@ -21,7 +28,7 @@ def check(
 ) -> None:
     """Assert value and both gradients of a step of the backend."""
     sums = accumulation_dtype(p.dtype)
-    rows = p.to(device).detach().requires_grad_()
+    rows = on_device(p, device).requires_grad_()
     logit_scale = torch.tensor(scale, dtype=sums, device=device).requires_grad_()
     call = ContrastiveCall(rows, logit_scale, views, two_tower)
     loss = Triton().step(Step(call)).contrastive

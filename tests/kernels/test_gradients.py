@@ -54,6 +54,7 @@ def test_prototype_heads_on_the_same_rows_have_one_gradient(device: torch.device
     assert described(seen[2], len(calls), "is_begun") == [0, 1, 1, 0, 1]
 
 
+@pytest.mark.usefixtures("small_tiles")
 def test_rows_in_several_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than a chunk of coefficients, more tiles than parts."""
     monkeypatch.setattr("fino_fast.kernels.backward.MAX_SPLITS", 2)
@@ -69,6 +70,7 @@ def test_rows_in_several_parts(device: torch.device, monkeypatch: pytest.MonkeyP
     assert described(backward, 2, "share")[0] > INTERPRETER_TILES.banks[0].chunk
 
 
+@pytest.mark.usefixtures("small_tiles")
 def test_a_bank_of_several_chunks(device: torch.device) -> None:
     classes = 2 * INTERPRETER_TILES.rows[0].chunk + 9
     check_heads(
@@ -80,6 +82,7 @@ def test_a_bank_of_several_chunks(device: torch.device) -> None:
     )
 
 
+@pytest.mark.usefixtures("small_tiles")
 def test_more_tiles_than_workers(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fino_fast.kernels.forward.WORKERS", 3)
     monkeypatch.setattr("fino_fast.kernels.backward.WORKERS", 3)

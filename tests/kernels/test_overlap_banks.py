@@ -147,6 +147,9 @@ def test_as_exact_as_plain_pytorch(dtype: torch.dtype, device: torch.device) -> 
     for mine, theirs, exact in zip(ours, *results, strict=True):
         mine_off, their_off = ((t.double() - exact).norm() for t in (mine, theirs))
         rounding = torch.finfo(theirs.dtype).eps / 2 * exact.norm()
+        if device.type == "cuda" and dtype == torch.float32:
+            # Tensor cores cut their sums off, which a mean of squares does not average out.
+            rounding *= 2
         assert mine_off <= 2 * max(their_off, rounding)
 
 

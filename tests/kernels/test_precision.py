@@ -1,5 +1,7 @@
 """Error to fp64 at most twice what plain PyTorch in the same dtype loses."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -102,3 +104,23 @@ def test_contrastive(dtype: torch.dtype, device: torch.device) -> None:
 
     found = with_gradients(ours, [p.to(device), scale.to(device)])
     assert_no_worse(found, plain, exact, dtype)
+
+
+@pytest.mark.parametrize("told", ["nothing", "high", "by PyTorch's later name"])
+def test_tensorfloat32_only_where_pytorch_is_told_so(told: str) -> None:
+    # A process of its own: PyTorch does not go back from one name to the other.
+    setting = {
+        "nothing": "",
+        "high": "torch.set_float32_matmul_precision('high')",
+        "by PyTorch's later name": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    }[told]
+    code = (
+        "import torch\n"
+        "from fino_fast.kernels.launch import input_precision\n"
+        f"{setting}\n"
+        "print(input_precision(torch.zeros(1)), input_precision(torch.zeros(1).bfloat16()))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["tf32x3" if told == "nothing" else "tf32", "ieee"]
