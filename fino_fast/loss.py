@@ -337,6 +337,7 @@ class FinoLoss(nn.Module):
             # The layers' own parameters see no guidance: it acts in front of them.
             z = scale_gradient(z, guidance)
         if self.balance and len(head.hidden):
+            # In quotes, here and elsewhere: PyTorch 2.9 does not compile the subscript.
             x, pullback = cast("tuple[Tensor, Pullback]", torch.func.vjp(head.features, z))
         else:
             x = head.features(z)

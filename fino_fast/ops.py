@@ -446,6 +446,8 @@ def _orthogonal_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
     return grad_z, [None] * ctx.factors, *[None] * 4
 
 
+# The schemas have no defaults: arguments equal to one do not reach autograd, which until PyTorch
+# 2.11 then counts a gradient too many.
 if LOAD_ERROR is None:
     for _name, _fake in (
         ("contrastive_forward", _contrastive_forward_fake),
