@@ -24,9 +24,7 @@ from .launch import Launch, intercepted
 
 WARP = 32
 # Shared memory that one block may ask for: CUDA C++ Programming Guide, technical specifications.
-SHARED_LIMIT = {
-    80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
-}  # fmt: skip
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ATOMIC = re.compile(r"\b(atom|red)\.(global|shared|relaxed|gpu|acq|add)")
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
 

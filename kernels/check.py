@@ -229,14 +229,16 @@ def faults(checked: Checked) -> list[str]:
     """What is wrong with one compiled kernel, in words."""
     constants, result = checked.constants, checked.result
     limit = SHARED_LIMIT[result.capability]
-    sweeps = "COLUMNS" in constants
+    # Its tensor cores know no fp64.
+    without = checked.dtype == "float64" and result.capability == 86
+    needs_tensor_cores = "COLUMNS" in constants and not without
     where = f"{result.kernel}, {checked.dtype}, sm_{result.capability}"
     found = {
         f"spills {result.spilled} bytes": result.spilled > 0,
         f"wants {result.shared} bytes of shared memory, the limit is {limit}": result.shared
         > limit,
         "uses atomics": result.atomics,
-        "uses no tensor cores": sweeps and not result.tensor_core,
+        "uses no tensor cores": needs_tensor_cores and not result.tensor_core,
     }
     return [f"{where}: {fault}" for fault, present in found.items() if present]
 
