@@ -69,7 +69,8 @@ def linear_head(rows: int, classes: int, width: int, make: dict) -> Contest:
     """Cross entropy of a linear head without a bias: not every peer takes one.
 
     Args:
-        make: device and dtype.
+        rows, classes, width: of x [rows, width] and of the weight [classes, width].
+        make: device and dtype of both.
     """
     device = make["device"]
     x = torch.randn(rows, width, **make).requires_grad_()
@@ -104,7 +105,7 @@ def linear_head(rows: int, classes: int, width: int, make: dict) -> Contest:
 
 
 def contrastive(images: int, width: int, make: dict) -> Contest:
-    """NT-Xent, V = 2."""
+    """NT-Xent of two views, p [2·images, width]; `make` is its device and dtype."""
     p = torch.randn(2 * images, width, **make).requires_grad_()
     scale, backend = torch.tensor(10.0, device=make["device"]), Triton()
 
@@ -126,7 +127,9 @@ def contrastive(images: int, width: int, make: dict) -> Contest:
 
 
 def whole_loss(images: int, width: int, device: str) -> Contest:
-    """Four factors of three kinds, orthogonal terms and all, as `FinoLoss` computes them."""
+    """Four factors of three kinds, orthogonal terms and all, as `FinoLoss` computes them from
+    z [2, images, width] in fp32.
+    """
     fused = FinoLoss(
         width,
         [

@@ -229,9 +229,9 @@ def faults(checked: Checked) -> list[str]:
     """What is wrong with one compiled kernel, in words."""
     constants, result = checked.constants, checked.result
     limit = SHARED_LIMIT[result.capability]
-    # Its tensor cores know no fp64.
-    without = checked.dtype == "float64" and result.capability == 86
-    needs_tensor_cores = "COLUMNS" in constants and not without
+    sweeps = "COLUMNS" in constants
+    # Tensor cores of workstations know no fp64.
+    needs_tensor_cores = sweeps and (checked.dtype, result.capability) != ("float64", 86)
     where = f"{result.kernel}, {checked.dtype}, sm_{result.capability}"
     found = {
         f"spills {result.spilled} bytes": result.spilled > 0,

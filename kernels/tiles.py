@@ -197,8 +197,8 @@ TILES = {
     (10, torch.float32): _SINGLE_100,
     (10, torch.float64): _DOUBLE,
 }
-# What tiles that are held take at most on an A100. Chips of 8.6, 8.9 and 12.0, as in workstations,
-# have 99 KB.
+# Chips with less shared memory for a block hold nothing: an A100 has 163 KB, those of 8.6, 8.9 and
+# 12.0, as in workstations, 99.
 HELD_BYTES = 160 * 1024
 # Programs among which the tiles of a gradient are shared out: each has room for the coefficients of
 # one chunk, so this bounds their memory.
@@ -228,6 +228,8 @@ def forced(tiles: Tiles) -> Iterator[None]:
 
 def tiles_of(major: int, shared: int, dtype: torch.dtype) -> Tiles:
     """The tiles of a chip; one newer than the table takes its newest row.
+
+    One with little shared memory takes those of compute capability 8 that hold nothing.
 
     Args:
         major: of its compute capability.
